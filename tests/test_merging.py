@@ -214,6 +214,14 @@ def test_the_curve(place, capsys):
     assert names(card, "weight of tuned", best)
 
 
+def test_every_share_has_a_row(place, capsys):
+    """Also those equal to six digits; twice the same has one."""
+    words = "merge base tuned --shares 0.3 0.3000001 1 0.3 1e-7 --test test.jsonl --style csv --device cpu"
+    assert main(words.split()) == 0
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["0.3", "0.3000001", "1", "1e-07"]
+
+
 def test_a_soup(place, capsys):
     assert main(["merge", "base", "tuned", "third", "--out", "soup", "--device", "cpu"]) == 0
     models = [load_embedder(name, device="cpu") for name in ("base", "tuned", "third")]

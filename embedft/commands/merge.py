@@ -58,7 +58,7 @@ class Options(Windows, Data, config.Options):
     def mixtures(self) -> dict[str, list[float]]:
         """{name: the weight of each model}."""
         if self.shares:
-            return {f"{share:g}": [1 - share, share] for share in dict.fromkeys(self.shares)}
+            return {str(share).removesuffix(".0"): [1 - share, share] for share in self.shares}
         equal = [1 / len(self.models)] * len(self.models)
         return {" + ".join(f"{weight:.3g}" for weight in self.weights or equal): self.weights or equal}
 
