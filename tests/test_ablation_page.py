@@ -250,6 +250,17 @@ def test_on_a_phone_nothing_scrolls_sideways(text, tmp_path, theme):
 
 @needs_browser
 @pytest.mark.slow
+def test_three_long_keys_fit_a_laptop(tmp_path):
+    keys = ("mine_every", "num_negatives", "mine_relative_margin")
+    write_grid(tmp_path / "out", {"uber": UBER, "facts": FACTS}, points=[dict.fromkeys(keys, i) for i in range(3)])
+    script = "return [...all('.scroll', e => e.scrollWidth - e.clientWidth), ...all('th', e => e.textContent)];"
+    points, changes, *labels = in_browser(format_page(*load(tmp_path / "out")), tmp_path / "browser", script)
+    assert (points, changes) == (0, 0)
+    assert {*keys, "Peak, GiB"} < set(labels)
+
+
+@needs_browser
+@pytest.mark.slow
 def test_a_curve_for_each_axis_by_hand(tmp_path):
     points = [{"lr": value} for value in ("1e-5", "2e-5", "3e-5")]
     write_grid(tmp_path / "out", {"uber": UBER}, points=points)
