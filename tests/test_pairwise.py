@@ -55,12 +55,17 @@ def test_online_contrastive_with_pairs_of_one_kind():
 
 
 def test_cross_entropies_by_hand():
-    """Logits 3 of the positive, 1 and -2 of its negatives; the second query has a positive alone, of 5."""
+    """Logits 3 of the positive, 1 and -2 of its negatives; the second query has a positive alone, of 5. Without a
+    positive, a query has a term of `binary_cross_entropy` alone."""
     Q, D = torch.ones(2, 1), torch.tensor([[3.0], [1.0], [-2.0], [5.0]])
     targets = Targets(torch.tensor([[0, 1, 2], [3, -1, -1]]))
     listwise = math.log(math.exp(3 / 2) + math.exp(1 / 2) + math.exp(-2 / 2)) - 3 / 2
     assert listwise_cross_entropy(Q, D, targets, temperature=2.0).item() == pytest.approx((listwise + 0) / 2)
     binary = sum(math.log1p(math.exp(2 * x)) for x in (-3, 1, -2, -5))
+    assert binary_cross_entropy(Q, D, targets, scale=2.0).item() == pytest.approx(binary / 4)
+    targets = Targets(targets.group, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]))
+    assert listwise_cross_entropy(Q, D, targets, temperature=2.0).item() == pytest.approx((listwise + 0) / 2)
+    binary = sum(math.log1p(math.exp(2 * x)) for x in (-3, 1, -2, 5))
     assert binary_cross_entropy(Q, D, targets, scale=2.0).item() == pytest.approx(binary / 4)
 
 

@@ -41,7 +41,7 @@ def listwise_cross_entropy(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 1.0, similarity: str = "dot", windows: str = "max"
 ) -> Tensor:
     """Mean over queries of -log softmax(s / temperature) at a positive, over it and the query's hard negatives; for
-    several positives the mean of theirs. Queries without a negative count as 0.
+    several positives the mean of theirs. Queries without a positive or without a negative count as 0.
 
     s is the similarity: for a cross-encoder (encoders/scoring.py) its logit.
 
