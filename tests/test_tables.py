@@ -87,7 +87,7 @@ def test_markdown():
 
 
 def test_latex():
-    rows = [["hit_rate@5", "-0.5", "[-.1, +.2]"], ["[0, 1]", "<0.0001", "a|b~^\\{c} 3-5 ±1"]]
+    rows = [["hit_rate@5", "-0.5", "[-.1, +.2]"], ["[0, 1]", "<0.0001", "a|b~^\\{c}\n3-5 ±1"]]
     assert format_table(["metric", "a", "b"], rows, style="latex").splitlines() == [
         r"\begin{tabular}{lrr}",
         r"\toprule",

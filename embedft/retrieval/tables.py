@@ -53,10 +53,7 @@ def format_table(
 
 def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
     # A minus is not a hyphen; {} keeps a cell like "[0, 1]" from being read as an argument of the line break before it.
-    cells = [
-        [re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.replace("\n", " ").translate(LATEX)) for cell in row]
-        for row in rows
-    ]
+    cells = [[re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.translate(LATEX)) for cell in row] for row in rows]
     first, *others = [rf"{{}}{' & '.join(row)} \\" for row in cells]
     columns = "l" * num_left + "r" * (len(rows[0]) - num_left)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
