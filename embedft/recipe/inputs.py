@@ -108,10 +108,8 @@ def batches_of(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], con
 
 def chosen_kinds(name: str, dataset: RetrievalDataset, kinds: list[str]) -> RetrievalDataset:
     """The dataset with the questions of these kinds alone; errors begin with its name, if it has one."""
-    try:
+    with about(f"kinds: {name}" if name else "kinds"):
         return dataset.of_kinds(kinds)
-    except ValueError as error:
-        raise ValueError(f"kinds: {name}{': ' if name else ''}{error}") from None
 
 
 def check_validation(job: Job) -> None:
