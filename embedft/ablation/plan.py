@@ -6,9 +6,8 @@ A key is the hash of the settings that change results, defaults included, and of
 so equal data in another place makes no new cell, and a changed default or source file does.
 """
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from ..recipe.job import measures
 from ..retrieval.evaluate import evaluate_run
 from ..retrieval.run import Run
 from ..retrieval.search import Setting, check_settings
+from ..retrieval.suite import about
 from ..retrieval.teacher import load_teacher
 from ..training.configs import FinetuneConfig
 from ..training.run_folder import FREE
@@ -220,7 +220,7 @@ def _in_data_lists(point: Point) -> Point:
 
 
 def _planned(base: dict[str, Any], label: Point, name: str, point: Point) -> _Point:
-    with _about(name):
+    with about(name):
         config = apply(base, point)
         options, evaluation = settings_of(config)
         part(options, FinetuneConfig)  # raises for settings that cannot be combined
@@ -263,7 +263,7 @@ class _Tests:
         self.questions = {name: set(test.answers()) for name, test in self.tests.items()}
         self.code, self.data, self.references = code_sha256(), {}, {}
         for name, test in self.tests.items():
-            with _about(f"test {name}"):  # raises if no question has an answer
+            with about(f"test {name}"):  # raises if no question has an answer
                 evaluate_run(Run.from_dict({}), test, **measures(options.select))
 
     def check(self, points: list[_Point]) -> None:
@@ -271,7 +271,7 @@ class _Tests:
         embedder = load_model(replace(points[0].options, tf32=False), device="cpu")
         sha256 = embedder.sha256()
         for each in points:
-            with _about(each.name):
+            with about(each.name):
                 dataset, validation, hashes = self._data(each.options)
                 each.hashes |= {"model": sha256, "code": self.code, **hashes, **self._references(each.options)}
                 _check_cell(embedder, each, dataset, validation)
@@ -322,12 +322,3 @@ def _check_apart(name: str, questions: set[str], kind: str, other: RetrievalData
     if shared := questions & other.answers().keys():
         found = f"{len(shared):,} of its {len(questions):,} questions are {kind} questions too"
         raise ValueError(f"test {name}: {found}, for example {min(shared)!r}; leave them out of one of the two")
-
-
-@contextlib.contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Names the point or test that a `ValueError` is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

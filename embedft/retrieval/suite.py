@@ -84,7 +84,7 @@ def load_reports(folder: str | Path) -> Report | Suite:
 
 @contextlib.contextmanager
 def about(name: str) -> Iterator[None]:
-    """Makes an error about one of several datasets begin with its name, or its file; a single one is named ""."""
+    """Makes an error about one of several datasets, or points of a grid, begin with its name; a single one's is ""."""
     try:
         yield
     except ValueError as error:
