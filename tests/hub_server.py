@@ -213,6 +213,12 @@ class Shell:
         pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
         self.process = subprocess.Popen([sys.executable, "-c", SHELL], env=environment, **pipe)
 
+    def __enter__(self) -> "Shell":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.process.communicate()
+
     def run(self, *words: str) -> Answer:
         """Runs `embedft` with these words."""
         files = [self.folder / "out", self.folder / "err"]

@@ -65,22 +65,16 @@ def hub(place, datasets):
 
 
 @pytest.fixture(scope="module")
-def shells(hub, place):
-    """Two with one cache: with the hub, and without."""
-    shells = Shell(hub, place), Shell(hub, place, HF_HUB_OFFLINE="1")
-    yield shells
-    for shell in shells:
-        shell.process.communicate()
+def shell(hub, place):
+    with Shell(hub, place) as shell:
+        yield shell
 
 
-@pytest.fixture
-def shell(shells) -> Shell:
-    return shells[0]
-
-
-@pytest.fixture
-def offline(shells) -> Shell:
-    return shells[1]
+@pytest.fixture(scope="module")
+def offline(hub, place):
+    """With the cache of `shell`, and without the hub."""
+    with Shell(hub, place, HF_HUB_OFFLINE="1") as shell:
+        yield shell
 
 
 def evaluate(shell: Shell, name: str, *options: str) -> Answer:

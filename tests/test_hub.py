@@ -42,23 +42,16 @@ def hub(models):
 
 
 @pytest.fixture(scope="module")
-def shells(hub, tmp_path_factory):
-    """Two with one cache: with the hub, and without."""
-    folder = tmp_path_factory.mktemp("shell")
-    shells = Shell(hub, folder), Shell(hub, folder, HF_HUB_OFFLINE="1")
-    yield shells
-    for shell in shells:
-        shell.process.communicate()
+def shell(hub, tmp_path_factory):
+    with Shell(hub, tmp_path_factory.mktemp("shell")) as shell:
+        yield shell
 
 
-@pytest.fixture
-def shell(shells) -> Shell:
-    return shells[0]
-
-
-@pytest.fixture
-def offline(shells) -> Shell:
-    return shells[1]
+@pytest.fixture(scope="module")
+def offline(hub, shell):
+    """With the cache of `shell`, and without the hub."""
+    with Shell(hub, shell.folder, HF_HUB_OFFLINE="1") as offline:
+        yield offline
 
 
 def serve(hub: Hub, name: str, files: dict[str, bytes]) -> str:
