@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from naming import naming
 from tiny import make_dataset, make_embedder
+from tiny_grid import write_inputs
 
 from embedft import RetrievalDataset
 from embedft.ablation import plan as plans
@@ -19,9 +20,7 @@ AXES = {"loss.temperature": [0.02, 0.05, 0.1], "lr": [1e-5, 2e-5]}
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    make_embedder(folder / "model")
-    for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
-        make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
+    write_inputs(folder)
     return folder
 
 

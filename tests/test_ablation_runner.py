@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from naming import names, naming
-from tiny import make_dataset, make_embedder
+from tiny import make_dataset
+from tiny_grid import write_inputs
 
 from embedft import Report, RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
 from embedft.ablation import runner
@@ -42,9 +43,7 @@ COMMAND = (
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
-    make_embedder(folder / "model")
-    for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
-        make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
+    write_inputs(folder)
     with pytest.MonkeyPatch.context() as patch:  # what forks would otherwise all compute: sources of fingerprints
         patch.chdir(folder)
         patch.setattr("embedft.training.run_folder._git_state", lambda: (None, b""))

@@ -6,6 +6,8 @@ write_grid(tmp_path / "out", {"uber": {(0, 0): [1, 2, 4], (1, 0): [1, 1, 2], (0,
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tiny import make_dataset, make_embedder
+
 from embedft import RetrievalDataset, evaluate_run
 from embedft.ablation.grid import EVAL, RESULT, VALIDATION, Cell, Grid
 from embedft.files import write_json
@@ -22,6 +24,13 @@ def make_questions(number: int, *, question: str = "question {}", passage: str =
     return RetrievalDataset(
         {f"q{i}": question.format(i) for i in range(number)}, corpus, {f"q{i}": {f"d{i}": 1} for i in range(number)}
     )
+
+
+def write_inputs(folder: Path) -> None:
+    """A model and four data sets without a question in common, for grids that are planned or run."""
+    make_embedder(folder / "model")
+    for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
+        make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
 
 
 def run_of(dataset: RetrievalDataset, ranks: Sequence[int]) -> Run:
