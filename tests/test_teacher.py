@@ -176,6 +176,18 @@ def test_hashes_tell_models_and_windows_apart(tmp_path, table):
     assert Vectors(embedder).sha256() != before
 
 
+def test_hashes_tell_precisions_apart(tmp_path):
+    """So that lists scored on a GPU, in bfloat16, are not those of a CPU."""
+    embedder = make_embedder(tmp_path / "base")
+    before, plain = Vectors(embedder).sha256(), embedder.sha256()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert embedder.sha256() == plain
+        assert Vectors(embedder).sha256() != before
+    assert Vectors(embedder).sha256() == before
+    embedder.truncate_dim = 4
+    assert Vectors(embedder).sha256() != before
+
+
 @pytest.mark.parametrize(
     ("weights", "facts"),
     [

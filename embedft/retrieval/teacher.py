@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..data.dataset import RetrievalDataset
+from ..encoders.adapter import ROLES
 from ..encoders.classifier import is_classifier
 from ..encoders.fingerprint import fingerprint
 from ..encoders.loading import API_PREFIX, find_folder, load_embedder
@@ -86,10 +87,9 @@ class Vectors:
 
     def sha256(self) -> str:
         """See `Part`."""
-        if isinstance(self.embedder, ApiEmbedder):
-            own = tuple(self.embedder.space(role).fingerprint for role in ("query", "document"))
-        else:
-            own = self.embedder.sha256()
+        own = [] if isinstance(self.embedder, ApiEmbedder) else [self.embedder.sha256()]
+        if hasattr(self.embedder, "space"):  # of which precision is a part, as it is not of sha256()
+            own += [self.embedder.space(role).fingerprint for role in ROLES]
         return fingerprint([], {"model": own, "passages": self.passages and list(self.passages)})
 
 
