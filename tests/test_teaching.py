@@ -1,7 +1,9 @@
 """finetune with a teacher, or on bare texts, from settings to trained weights; by the command line, too."""
 
 import json
+import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from tiny import MEASURED, make_dataset, make_embedder
 from embedft import FinetuneConfig, RetrievalDataset, Teacher, finetune, load_teacher, new_scorer, teach
 from embedft.cli import main
 from embedft.data.batches import list_examples, make_batches
+from embedft.files import locked
 from embedft.recipe import inputs
 from embedft.retrieval.teacher import Vectors
 from embedft.training import run_folder
@@ -68,6 +71,29 @@ def test_every_kind_of_teacher_together(tmp_path):
     teacher = load_teacher(models, passages=(6, 3), device="cpu")
     assert {name: part["sha256"] for name, part in made_from["teacher"].items()} == teacher.sha256()
     assert made_from["student"] == Vectors(make_embedder(tmp_path / "base"), (4, 2)).sha256()
+
+
+def test_embedft_store_counts_and_prunes_lists(tmp_path, capsys):
+    """Those that are read again count as used."""
+    embedder, store = make_embedder(tmp_path / "base", store=tmp_path / "store"), str(tmp_path / "store")
+    for depth in (3, 4):
+        finetune(embedder, make_dataset(), config(teacher={"ranking": "teacher", "depth": depth}))
+    files = sorted((tmp_path / "store" / "lists").glob("*.jsonl"))
+    assert len(files) == 2
+    for path in files:
+        os.utime(path, (time.time() - 3 * 86_400,) * 2)
+    finetune(embedder, make_dataset(), config(teacher={"ranking": "teacher"}))
+    (unused,) = [path for path in files if path.stat().st_mtime < time.time() - 86_400]
+    assert main(["store", store]) == 0
+    assert names(capsys.readouterr().out, 2, "lists")
+    assert main(["store", store, "--prune-unused", "4"]) == 0
+    assert "lists" not in capsys.readouterr().out
+    with locked(unused.with_suffix(".lock")):
+        assert main(["store", store, "--prune-unused", "2"]) == 2
+    assert names(capsys.readouterr().err, unused.with_suffix(".lock").name)
+    assert main(["store", store, "--prune-unused", "2"]) == 0
+    assert names(capsys.readouterr().out, 1, "lists")
+    assert [path for path in files if path.exists()] == [path for path in files if path != unused]
 
 
 def test_vectors_of_an_api_are_paid_for_once(tmp_path, monkeypatch):

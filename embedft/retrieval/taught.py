@@ -146,6 +146,8 @@ def lists_of(
                 records.append(record)
                 if path is not None:
                     append_jsonl(path, record)
+        elif path is not None:
+            path.touch()  # it was used, which `embedft store --prune-unused` asks about
     return {record["query"]: List(record["teacher"], record.get("student")) for record in records}
 
 
