@@ -89,6 +89,7 @@ def test_the_average_of_tests_counts_each_test_once(out):
     effects = measure_effects(Results.load(out), ["mrr@10"])
     uber, facts, average = (by_point(effects, name)[1] for name in ("uber", "facts", "average"))
     assert average.mean == pytest.approx((uber.mean + facts.mean) / 2)
+    assert (average.num_queries, average.num_clusters) == (4 + 3, 4 + 3)
     difference = (uber.from_base.difference + facts.from_base.difference) / 2
     assert average.from_base.difference == pytest.approx(difference)
     errors = [one.from_base.question_error for one in (uber, facts)]
@@ -132,6 +133,34 @@ def test_one_cluster_has_a_difference_alone(tmp_path):
     assert (effects[1].from_base.difference, effects[1].from_base.interval) == (0.5, None)
     for style in ("text", "markdown", "latex", "csv"):
         assert "0.5" in format_report(results, effects, style=style)
+
+
+def test_an_average_over_a_test_of_one_cluster_has_no_interval(tmp_path):
+    single = {place: [rank] for place, rank in {(0, 0): 2, (0, 1): 2, (1, 0): 1, (1, 1): 1}.items()}
+    write_grid(tmp_path / "out", {"uber": {place: UBER[place] for place in single}, "single": single})
+    effects = measure_effects(Results.load(tmp_path / "out"), ["mrr@10"])
+    changes = {test: by_point(effects, test)[1].from_base for test in ("uber", "single", "average")}
+    assert changes["average"].difference == pytest.approx((0.25 + 0.5) / 2)
+    assert [name for name, change in changes.items() if change.interval] == ["uber"]
+
+
+def test_questions_that_share_a_document_are_one_cluster(tmp_path):
+    questions = make_questions(4)
+    questions = replace(questions, qrels=questions.qrels | {"q1": {"d0": 1}})
+    write_grid(tmp_path / "out", {"uber": UBER}, datasets={"uber": questions})
+    effects = by_point(measure_effects(Results.load(tmp_path / "out"), ["mrr@10"]), "uber")
+    assert (effects[1].num_queries, effects[1].num_clusters) == (4, 3)
+    differences = np.array([[0.5, 0.5, 0.25, 0], [0, 0.5, 0.25, 0]])
+    assert effects[1].from_base.interval == pytest.approx(recipe_interval(differences, [0, 0, 1, 2])["interval"])
+
+
+@pytest.mark.parametrize("other", [{"hashes": {"model": "other"}}, {"config": {"evaluate": {"dim": 8}}}])
+def test_only_the_same_model_evaluated_in_the_same_way_is_the_untrained_one(out, other):
+    (cell,) = (cell for cell in Grid.load(out).cells if cell.seed is None)
+    changes = {name: getattr(cell, name) | value for name, value in other.items()}
+    write_json(out / "cells" / cell.key / "cell.json", asdict(replace(cell, **changes)))
+    effects = measure_effects(Results.load(out), ["mrr@10"])
+    assert {one.from_untrained for one in effects} == {None}
 
 
 def test_what_is_missing_is_named_with_its_reason(out):
@@ -186,6 +215,12 @@ def test_the_point_is_chosen_on_validation_and_not_on_the_test(tmp_path):
     # A point that lacks a seed cannot win.
     (results.grid.folder(next(c for c in results.grid.cells if c.point == POINTS[2] and c.seed == 1)) / RESULT).unlink()
     assert choose(Results.load(tmp_path / "out"))[0] == 1
+
+
+def test_the_first_of_equal_points_is_chosen(tmp_path):
+    same = {place: [2, 1, 1, 1] if place[0] else found for place, found in UBER.items()}
+    write_grid(tmp_path / "out", {"uber": UBER, "validation": same})
+    assert choose(Results.load(tmp_path / "out")) == (1, 0.875)
 
 
 def test_runs_that_kept_the_base_weights_are_named(out):
