@@ -349,6 +349,12 @@ def test_names_of_the_public_face_are_imported_when_used():
         embedft.nothing  # noqa: B018
 
 
+def test_a_store_is_listed_without_torch(tmp_path):
+    loaded = modules_after(f"from embedft.cli import main\nassert main(['store', {str(tmp_path)!r}]) == 0")
+    assert "embedft.encoders.store" in loaded
+    assert "torch" not in loaded
+
+
 def test_a_first_vector_is_quick(minilm_folder):
     """On the way to it, nothing slow is loaded: not torch's compiler, which drawing on the meta device would take."""
     name = next(iter(loading.PACKAGES))

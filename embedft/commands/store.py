@@ -32,8 +32,7 @@ class Options(config.Options):
 def run(options: Options) -> int:
     """Verifies, repairs or prunes; without such an option, lists the spaces, and counts teachers' lists."""
     from ..encoders.database import DATABASE, DamagedDatabase, set_aside
-    from ..encoders.store import Store
-    from ..training.run_folder import LISTS
+    from ..encoders.store import LISTS, Store
 
     if not Path(options.store).is_dir():
         raise ValueError(f"{options.store}: no such folder")

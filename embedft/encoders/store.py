@@ -6,7 +6,8 @@
 
 store.sqlite: the spaces and, for each batch of rows, the keys of its texts and the CRC-32 of each vector; NAME.ID.f32:
 the vectors, rows of dim float32, little-endian. Vectors reach the disk before the transaction that adds their keys,
-so a row exists only when it is complete; what a killed process left is overwritten. Not thread-safe.
+so a row exists only when it is complete; what a killed process left is overwritten. Not thread-safe. lists/: what
+teachers scored, see retrieval/taught.py.
 
 Shapes: N texts, M of them, R rows of a space, D features.
 """
@@ -30,7 +31,7 @@ from ..files import locked, named_errors
 from .database import DATABASE, DamagedDatabase, transaction
 from .tokenization import check_texts
 
-NAME_DIGITS = 16
+NAME_DIGITS, LISTS = 16, "lists"
 VECTOR_TYPE = np.dtype("<f4")
 RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # one row; all zeros: dropped as damaged
 ROW_BITS = np.uint64(2**32 - 1)

@@ -17,6 +17,7 @@ from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets, make_mixture
 from ..encoders.embedder import Embedder
 from ..encoders.loading import API_PREFIX, load_embedder
+from ..encoders.store import LISTS
 from ..losses.registry import LOSSES, loss_options
 from ..retrieval.evaluate import evaluate_run
 from ..retrieval.mining import mine
@@ -24,7 +25,7 @@ from ..retrieval.run import Run
 from ..retrieval.suite import about, check_names
 from ..retrieval.taught import teach
 from ..retrieval.teacher import load_teacher
-from ..training import distributed, run_folder
+from ..training import distributed
 from ..training.configs import MARGINS, MINING, FinetuneConfig
 from ..training.references import FrozenEmbeddings, Reference, best_windows, targets_with
 from ..training.train import BatchSource
@@ -69,7 +70,7 @@ def taught(job: Job) -> dict[str, RetrievalDataset]:
     check_types(EndpointConfig, settings.api, "teacher: api: ")
     store, models = student.store, settings.models
     place = job.out if store is None else store.folder
-    lists = None if place is None else Path(place) / run_folder.LISTS
+    lists = None if place is None else Path(place) / LISTS
     is_asking = any(name.startswith(API_PREFIX) for name in ([models] if isinstance(models, str) else models))
     if store is None and lists is not None and is_asking:
         store = lists / "vectors"  # so that none is paid for twice

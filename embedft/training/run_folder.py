@@ -32,11 +32,12 @@ import torch
 
 from .. import device as devices
 from ..encoders.fingerprint import precision
+from ..encoders.store import LISTS
 from ..files import append_jsonl, atomic_write, check_writable, locked, read_object, remove, resume_jsonl, write_json
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
-LOCK, REPLACED, LISTS = ".lock", ".replaced", "lists"
+LOCK, REPLACED = ".lock", ".replaced"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
 FREE = ("prefetch", "token_memory", "checkpoint_every", "log")  # settings that change no result
