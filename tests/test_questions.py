@@ -86,7 +86,7 @@ def totals(ledger: Ledger) -> tuple:
 
 def read_reply(body: str, url: str | None = None) -> sending.Response:
     """What comes of a reply with this body."""
-    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
+    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE, questions.QUESTION)
     reply = asker.client.parse(body)
     return asker._from_reply(reply) if isinstance(reply, dict) else reply
 
@@ -171,8 +171,8 @@ def test_openai_wants_a_key(tmp_path, monkeypatch):
 def test_openai_and_other_servers_know_the_limit_by_other_names(monkeypatch):
     bodies = []
     for url in (None, "http://localhost:1/v1"):
-        asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
-        bodies.append(questions._body(asker.config, TEMPLATE, "text", *asker.forms.forms[0]))
+        asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE, questions.QUESTION)
+        bodies.append(questions._body(asker.config, TEMPLATE, "text", *asker.forms.forms[0], asker.kind))
     assert [sorted(body.keys() - {"model", "messages", "response_format"}) for body in bodies] == [
         ["max_completion_tokens"],
         ["max_tokens"],
@@ -360,7 +360,7 @@ def test_content_in_parts():
 
 def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
     """The client's own timeout restarts with every piece received, so a server that trickles would never reach it."""
-    asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE)
+    asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE, questions.QUESTION)
 
     async def dribble(*request, **more) -> None:
         await asyncio.sleep(2)
@@ -540,7 +540,7 @@ def test_no_reply_is_taken_amiss():
         "choices": [{"message": {"content": "What?\nWho?", "refusal": None}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 4},
     }
-    asker = questions._Asker(QuestionConfig(base_url="http://localhost:1/v1"), TEMPLATE)
+    asker = questions._Asker(QuestionConfig(base_url="http://localhost:1/v1"), TEMPLATE, questions.QUESTION)
     for seed in range(4000):
         reply = asker.client.parse(json.dumps(mutated(good, random.Random(seed))))
         answer = reply if isinstance(reply, sending.Response) else asker._from_reply(reply)
@@ -716,7 +716,7 @@ def test_the_estimate_sends_nothing_and_needs_no_key(tmp_path, monkeypatch):
         ask(server, chunks[:1], tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY")
     found = estimate(chunks, config, folder=tmp_path)
-    body = questions._body(config, TEMPLATE, chunks[1].text, "max_completion_tokens", True)
+    body = questions._body(config, TEMPLATE, chunks[1].text, "max_completion_tokens", True, questions.QUESTION)
     num_bytes = len(json.dumps(body))
     assert num_bytes > 3000
     assert found.num_requests == 1
@@ -813,7 +813,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
     echo = [{"choices": [{"message": {"content": f"What is {KEY}?\nWho {KEY}?"}}]}, {"error": {"message": f"<{KEY}>"}}]
     url = f"http://user:{KEY}@localhost:1/v1?key={KEY}"
-    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
+    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE, questions.QUESTION)
     answers = [read_reply(json.dumps(body), url) for body in echo]
     assert answers[0].result == ["What is [secret]?", "Who [secret]?"]
     texts = [repr(answers), repr(asker), repr(asker.client.server), asker.client.server.name]

@@ -186,7 +186,7 @@ def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str, kind: 
 
 
 def _body(
-    config: QuestionConfig, template: str, text: str, limit_name: str, is_structured: bool, kind: Kind = QUESTION
+    config: QuestionConfig, template: str, text: str, limit_name: str, is_structured: bool, kind: Kind
 ) -> dict[str, Any]:
     prompt = fill_template(template, text=text, num_questions=config.num_questions)
     body = {"model": config.model, "messages": [{"role": "user", "content": prompt}], limit_name: config.reply_tokens}
@@ -213,7 +213,7 @@ def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], 
 class _Asker:
     """Sends one request, and interprets its reply."""
 
-    def __init__(self, config: QuestionConfig, template: str, kind: Kind = QUESTION):
+    def __init__(self, config: QuestionConfig, template: str, kind: Kind):
         self.config, self.template, self.kind = config, template, kind
         self.client = Client(Server.find(config.base_url), timeout_seconds=config.timeout_seconds)
         names = LIMIT_NAMES if self.client.server.is_openai else LIMIT_NAMES[::-1]
