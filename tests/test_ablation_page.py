@@ -117,9 +117,11 @@ def test_the_page_needs_nothing_else():
 
 
 def test_the_values_of_an_axis_are_in_order_with_that_of_base(tmp_path):
-    grid = Grid({}, {"lr": [2e-5, 1e-5], "merge": [True]}, [{"lr": 5e-5, "merge": False}], [0], {}, "mrr")
+    axes = {"lr": [2e-5, 1e-5], "merge": [True], "batch_size": [16, 8]}
+    grid = Grid({}, axes, [{"lr": 5e-5, "merge": False, "batch_size": 32}], [0], {}, "mrr")
     assert page._axis_values(grid, "lr") == ["1e-05", "2e-05", "5e-05"]
     assert page._axis_values(grid, "merge") == ["true", "false"]
+    assert page._axis_values(grid, "batch_size") == ["8", "16", "32"]
 
 
 def test_infinity_and_nothing_are_json(tmp_path):

@@ -163,6 +163,21 @@ def test_a_result_says_what_the_cell_cost():
     assert min(untrained["peak_bytes"], trained["peak_bytes"]) > 10_000_000
 
 
+def test_training_costs_what_the_log_of_its_run_says():
+    """Also for a cell that finds the training done."""
+    grid = make_grid()
+    run_grid(grid, on_row=list)
+    trained = grid.cells[1]
+    log, result = grid.out / "runs" / trained.run / "train.jsonl", grid.folder(trained) / "result.json"
+    before = read_object(result)
+    with open(log, "a") as file:
+        file.write('{"step": 3, "seconds": 1000.0, "peak_bytes": 1125899906842624}\n')
+    result.unlink()
+    assert run_grid(grid, on_row=list) == {}
+    assert read_object(result)["seconds"]["train"] == pytest.approx(before["seconds"]["train"] + 1000)
+    assert read_object(result)["peak_bytes"] == 2**50
+
+
 @pytest.mark.parametrize(("validation", "best"), [("train.jsonl", 2), ("val.jsonl", 0), (None, None)])
 def test_a_result_says_which_step_was_kept(validation, best):
     """Training improves on what it trains on, and not on the random pairs of val.jsonl."""
@@ -216,6 +231,32 @@ def test_a_killed_cell_is_reported_by_its_signal(monkeypatch):
     kill = type("Killed", (Fork,), {"prepare": lambda self, folder: os.kill(os.getpid(), signal.SIGKILL)})
     monkeypatch.setattr(runner, "start", kill)
     assert set(run_grid(make_grid(), on_row=list).values()) == {"killed by SIGKILL"}
+
+
+def test_a_cell_that_ends_without_a_result_has_failed(monkeypatch):
+    quiet = type("Quiet", (Fork,), {"prepare": lambda self, folder: os._exit(0)})
+    monkeypatch.setattr(runner, "start", quiet)
+    assert set(run_grid(make_grid(), on_row=list).values()) == {"exit code 0"}
+
+
+def test_every_device_gets_a_cell_and_they_share_the_threads(monkeypatch):
+    started = []
+
+    class Seen(Fork):
+        def __init__(self, folder, device, lock, threads):
+            started.append((device, threads))
+            super().__init__(folder, None, lock, threads)
+
+        def prepare(self, folder):
+            os._exit(1)
+
+    monkeypatch.setattr(runner, "start", Seen)
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    grid = make_grid()
+    run_grid(grid, devices=["cuda:0", "cuda:1"], on_row=list)
+    assert started == [("cuda:0", 4), ("cuda:1", 4)]
+    run_grid(grid, on_row=list)
+    assert started[2:] == [(None, None)] * 2
 
 
 def test_an_interrupt_ends_the_cells_and_the_next_call_goes_on(monkeypatch):
@@ -279,15 +320,15 @@ def test_the_expected_time_is_the_mean_of_what_was_measured():
     untrained, trained = ([cell for cell in grid.cells if (cell.run is None) == is_so] for is_so in (True, False))
     assert (len(untrained), len(trained), len({cell.run for cell in trained})) == (2, 6, 4)
     assert expected_seconds(grid, grid.cells) is None
-    measured = ((untrained[0], 0, 2), (trained[0], 10, 1), (trained[1], 30, 3))
+    measured = ((untrained[0], 0, 5), (trained[0], 10, 1), (trained[1], 30, 3))
     for cell, train_seconds, evaluate_seconds in measured:
         result = {"seconds": {"train": train_seconds, "evaluate": evaluate_seconds}}
         (grid.folder(cell) / "result.json").write_text(json.dumps(result))
         if cell.run:
             (grid.out / "runs" / cell.run).mkdir(parents=True)
             (grid.out / "runs" / cell.run / "DONE").touch()
-    assert expected_seconds(grid, grid.cells) == 2 * 2 + 6 * 2 + 2 * 20
-    assert expected_seconds(grid, untrained[1:]) == 2
+    assert expected_seconds(grid, grid.cells) == 2 * 5 + 6 * 2 + 2 * 20
+    assert expected_seconds(grid, untrained[1:]) == 5
     assert expected_seconds(grid, []) == 0
 
 
