@@ -53,6 +53,38 @@ def test_means_and_differences_by_hand(out):
     assert (first.num_queries, first.num_clusters) == (4, 4)
 
 
+def test_what_was_forgotten_is_a_percentage_in_every_style(out):
+    results = Results.load(out)
+    effects = measure_effects(results, ["mrr@10"])
+    # facts, untrained: 1; BASE 1 1 1/2 and 1 1/2 1/2, so 4.5/6; the point 1: 1/2 1 1/2 and 1/2 1/2 1/2, so 3.5/6.
+    base, first, _ = by_point(effects, "facts").values()
+    assert (base.untrained, base.relative) == (1.0, pytest.approx(-0.25))
+    assert first.relative == pytest.approx(-2.5 / 6)
+    # The average: untrained (1/4 + 1) / 2, BASE (2.95/8 + 4.5/6) / 2.
+    average = by_point(effects, "average")[0]
+    assert (average.untrained, average.relative) == (0.625, pytest.approx((2.95 / 8 + 0.75) / 1.25 - 1))
+    for style, cell in (("text", " -25.0%"), ("markdown", " -25.0% |"), ("latex", r"& $-$25.0\%")):
+        for table in format_report(results, effects, style=style).split("facts: mrr@10")[1:]:
+            assert names(table, "untrained", "from untrained"), style
+            assert cell in table, style
+        changes = format_report(results, effects, style=style).split("Change on every test set")[1]
+        assert "facts, from untrained" in changes
+        assert cell in changes, style
+    rows = csv.DictReader(io.StringIO(format_report(results, effects, style="csv")))
+    (row,) = (row for row in rows if (row["test"], row["point"]) == ("facts", "1"))
+    assert (row["untrained"], float(row["percent_untrained"])) == ("1.0", pytest.approx(-250 / 6))
+    assert "facts mrr@10 0.5833 (-0.1667 from BASE" in format_report(results, effects)
+    assert "-41.7% from untrained)" in format_report(results, effects)
+
+
+def test_nothing_is_relative_to_an_untrained_model_that_finds_nothing(tmp_path):
+    write_grid(tmp_path / "out", {"uber": UBER | {(0, None): [0, 0, 0, 0]}})
+    results = Results.load(tmp_path / "out")
+    effects = measure_effects(results, ["mrr@10"])
+    assert {(one.untrained, one.relative) for one in effects} == {(0.0, None)}
+    assert "%" not in format_report(results, effects, style="text").split("Standard errors")[0].replace("95%", "")
+
+
 def test_statistics_of_several_seeds(out):
     effects = by_point(measure_effects(Results.load(out), ["mrr@10"]), "uber")
     differences = np.array([[0.5, 0.5, 0.25, 0], [0, 0.5, 0.25, 0]])

@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,12 @@ class Effect:
     num_clusters: int
     from_base: Change | None = None  # None: BASE itself, or no seed of it that the point has too
     from_untrained: Change | None = None
+    untrained: float | None = None  # the untrained model's mean
+
+    @property
+    def relative(self) -> float | None:
+        """The change from the untrained model as a share of its mean: -0.01 for a loss of 1%; None if that is 0."""
+        return self.mean / self.untrained - 1 if self.untrained else None
 
 
 def measure_effects(results: Results, metrics: Sequence[str]) -> list[Effect]:
@@ -84,13 +91,14 @@ def _effect(
     }
     first = [next(iter(own.values())).reports[test] for test in tests]
     shared = [seed for seed in own if seed in base] if place else []
-    changes = {}
+    changes: dict[str, Any] = {}
     if shared:
         pairs = [([base[s].reports[test] for s in shared], [own[s].reports[test] for s in shared]) for test in tests]
         changes["from_base"] = change_between(pairs, metric)
     if untrained is not None:
         pairs = [([untrained.reports[test]], [cell.reports[test] for cell in own.values()]) for test in tests]
         changes["from_untrained"] = change_between(pairs, metric)
+        changes["untrained"] = float(np.mean([untrained.reports[test].metrics[metric] for test in tests]))
     return Effect(
         place,
         tests[0] if len(tests) == 1 else AVERAGE,

@@ -53,6 +53,8 @@ NOTES = (
     "of questions needed is what would detect the observed difference with 80% power (two-sided 5%, before Holm) and "
     "as many seeds; inf: no number of questions would, because the difference is 0 or seeds vary too much. The average "
     "is that of the tests' means.",
+    "Changes from the untrained model are in percent of its mean, so that -1.0% on a test set of another domain is "
+    "what training made the model forget.",
     "Seconds are of training, means over seeds; memory is the largest peak of a process.",
 )
 
@@ -89,13 +91,14 @@ def _kept_base(results: Results) -> list[str]:
 
 
 def _told(effect: Effect) -> str:
-    text, change = f"{effect.test} {effect.metric} {effect.mean:.4f}", effect.from_base
-    if change is None:
-        return text
-    text += f" ({change.difference:+.4f} from BASE"
-    if change.interval:
-        text += f" [{change.interval[0]:+.4f}, {change.interval[1]:+.4f}], p {_small(change.p_value)}"
-    return text + ")"
+    change, parts = effect.from_base, []
+    if change is not None:
+        parts.append(f"{change.difference:+.4f} from BASE")
+        if change.interval:
+            parts[0] += f" [{change.interval[0]:+.4f}, {change.interval[1]:+.4f}], p {_small(change.p_value)}"
+    if effect.relative is not None:
+        parts.append(f"{effect.relative:+.1%} from untrained")
+    return f"{effect.test} {effect.metric} {effect.mean:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def _small(p_value: float) -> str:
@@ -118,6 +121,9 @@ def table_rows(results: Results, effects: Sequence[Effect]) -> list[dict[str, An
             "num_clusters": one.num_clusters,
             **_flat("base", one.from_base),
             **_flat("untrained", one.from_untrained),
+            "untrained": one.untrained,
+            "relative_untrained": one.relative,
+            "percent_untrained": None if one.relative is None else 100 * one.relative,
         }
         row["train_seconds"] = float(np.mean([cell.train_seconds for cell in cells]))
         row["peak_gib"] = max(cell.peak_bytes for cell in cells) / 2**30
@@ -144,7 +150,8 @@ _EVERY: list[Column] = [
     (key, "", "")
     for key in (
         *("mean", "num_seeds", "num_queries", "num_clusters", *_FROM_BASE, "questions_needed"),
-        *("difference_untrained", "interval_low_untrained", "interval_high_untrained", "p_value_untrained"),
+        *("untrained", "difference_untrained", "percent_untrained"),
+        *("interval_low_untrained", "interval_high_untrained", "p_value_untrained"),
         *("train_seconds", "peak_gib"),
     )
 ]
@@ -157,18 +164,18 @@ def _columns(metric: str, rows: list[dict[str, Any]], style: Style) -> list[Colu
     columns += [("interval_base", "95% interval", "+.4f"), ("p_value", p_value, ".4f")]
     columns += [("question_error", "s.e. questions", ".4f"), ("seed_error", "s.e. seeds", ".4f")]
     columns += [("error", "s.e. both", ".4f"), ("questions_needed", "questions needed", ",.0f")]
-    columns += [("difference_untrained", "from untrained", "+.4f")]
+    columns += [("untrained", "untrained", ".4f"), ("relative_untrained", "from untrained", "+.1%")]
     return [*columns, ("train_seconds", "training, s", ",.0f"), ("peak_gib", "peak, GiB", ".2f")]
 
 
 def _changes(rows: list[dict], metric: str, tests: list[str], axes: list[Column], style: Style) -> str:
-    """A row for each point, and for each test how it changed from BASE and from the untrained model."""
+    """A row for each point, and for each test how it changed from BASE and, in percent, from the untrained model."""
     merged: dict[int, dict[str, Any]] = {}
     for row in (row for row in rows if row["metric"] == metric):
         target = merged.setdefault(row["point"], {key: row.get(key) for key in ("name", *(key for key, _, _ in axes))})
-        target |= {f"{kind} {row['test']}": row.get(kind) for kind in ("difference", "difference_untrained")}
+        target |= {f"{kind} {row['test']}": row.get(kind) for kind in ("difference", "relative_untrained")}
     columns = [(f"difference {test}", f"{test} - BASE", "+.4f") for test in tests]
-    columns += [(f"difference_untrained {test}", f"{test} - untrained", "+.4f") for test in tests]
+    columns += [(f"relative_untrained {test}", f"{test}, from untrained", "+.1%") for test in tests]
     return format_rows(list(merged.values()), [("name", "point", ""), *axes, *columns], style)
 
 
