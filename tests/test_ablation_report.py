@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import warnings
 from dataclasses import asdict, replace
 
@@ -12,7 +13,7 @@ import pytest
 from naming import names, naming
 from tiny_grid import POINTS, make_questions, run_of, write_grid
 
-from embedft import compare, evaluate_run
+from embedft import Report, compare, evaluate_run
 from embedft.ablation.effects import choose, measure_effects
 from embedft.ablation.grid import EVAL, FAILED, RESULT, VALIDATION, Grid
 from embedft.ablation.results import Results
@@ -21,6 +22,7 @@ from embedft.cli import main
 from embedft.files import read_json, write_json
 from embedft.retrieval.power import questions_needed
 from embedft.retrieval.significance import holm, recipe_interval, t_interval, variance_of
+from embedft.retrieval.suite import Suite
 
 # Reciprocal ranks by seed: BASE 1/2 1/2 1/4 1/4 and 1/2 1/2 1/4 1/5; the point 1 1 1/2 1/4 and 1/2 1 1/2 1/5.
 UBER = {(0, 0): [2, 2, 4, 4], (0, 1): [2, 2, 4, 5], (1, 0): [1, 1, 2, 4], (1, 1): [2, 1, 2, 5]}
@@ -277,6 +279,24 @@ def test_without_validation_nothing_is_chosen(tmp_path):
     results = Results.load(tmp_path / "out")
     assert choose(results) is None
     assert "No point is chosen" in format_report(results, measure_effects(results, ["mrr@10"]))
+
+
+@pytest.mark.parametrize(("select", "chosen"), [("mrr@10", (1, 0.6010)), ("b/mrr@10", (2, 0.8333))])
+def test_several_validation_sets_choose_by_their_mean_or_one_of_them(out, select, chosen):
+    """By hand: uber's questions as "a" and those of facts as "b"."""
+    write_json(out / "grid.json", read_json(out / "grid.json") | {"select": select})
+    for cell in (grid := Grid.load(out)).cells:
+        place = grid.folder(cell) / EVAL
+        if (place / VALIDATION).exists():
+            shutil.rmtree(place / VALIDATION)
+            Suite({"a": Report.load(place / "uber"), "b": Report.load(place / "facts")}).save(place / VALIDATION)
+    results = Results.load(out)
+    # BASE: (2.95/8 + 4.5/6) / 2; the point 1: (4.95/8 + 3.5/6) / 2; the point 2: (2.75/8 + 5/6) / 2.
+    assert choose(results) == (chosen[0], pytest.approx(chosen[1], abs=1e-4))
+    text = format_report(results, measure_effects(results, [grid.metric]))
+    each = {1: "a/mrr@10 0.6188; b/mrr@10 0.5833", 2: "a/mrr@10 0.3438; b/mrr@10 0.8333"}[chosen[0]]
+    assert f"Chosen on validation ({select} {chosen[1]:.4f}, mean over seeds; {each}): " in text
+    assert main(["report", str(out)]) == 0
 
 
 def test_points_validated_on_different_questions_are_not_compared(out):

@@ -29,6 +29,7 @@ from embedft.ablation.plan import plan
 from embedft.ablation.runner import expected_seconds, run_grid, shard_of
 from embedft.cli import main
 from embedft.files import read_json, read_jsonl, read_object
+from embedft.retrieval.suite import Suite
 from embedft.retrieval.windows import matching_windows
 
 BASE = {"model": "model", "data": ["train.jsonl"], "validation": "val.jsonl", "epochs": 1, "batch_size": 4, "lr": 1e-3}
@@ -347,6 +348,34 @@ def test_tests_are_measured_by_the_metric_of_the_grid():
     for cell in grid.cells:
         assert "ndcg@7" in Report.load(grid.folder(cell) / "eval" / "uber").metrics
     assert len(rows) == 1 + len(grid.cells)
+
+
+def test_several_validation_sets_make_a_suite():
+    """Both sets choose the weights; where the one that training improves on does so alone, another step is kept."""
+    make_dataset(8, 8, seed=4).save("other.jsonl")
+    how = {"validation": ["seen=train.jsonl", "other.jsonl"]}
+    mean, one = make_grid("mean", **how), make_grid("one", **how, select="seen/ndcg@10")
+    for grid in (mean, one):
+        rows = []
+        assert run_grid(grid, on_row=rows.append) == {}
+        assert rows[0].split()[:-1] == [grid.select, *TESTS, "validation", "validation/seen", "validation/other"]
+        trained = grid.folder(grid.cells[1])
+        embedder = load_embedder(grid.out / "runs" / grid.cells[1].run / "model", device="cpu")
+        sets = {name: RetrievalDataset.load(f"{path}.jsonl") for name, path in (("seen", "train"), ("other", "other"))}
+        expected = evaluate(embedder, sets)
+        found = Suite.load(trained / "eval" / "validation")
+        assert found.metrics == expected.metrics
+        values = [found.metrics[grid.select], found["seen"].metrics["ndcg@10"], found["other"].metrics["ndcg@10"]]
+        (row,) = (row for row in rows if row.startswith("seed=0"))
+        assert row.split()[3:-1] == [f"{value:.4f}" for value in values]
+        log = [
+            line["metrics"]
+            for _, line in read_jsonl(trained.parents[1] / "runs" / grid.cells[1].run / "train.jsonl")
+            if "metrics" in line
+        ]
+        chosen = [metrics[grid.select] for metrics in log]
+        assert read_object(trained / "result.json")["best_step"] == 2 * chosen.index(max(chosen))
+    assert mean.cells[1].run != one.cells[1].run
 
 
 def fork(work) -> int:

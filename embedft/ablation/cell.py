@@ -7,10 +7,10 @@ Killed at any point, it goes on from there. result.json, written last, means tha
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 from .. import device as devices
 from ..commands.finetune import Options, load_datasets
@@ -27,6 +27,7 @@ from ..retrieval.bm25 import bm25_run
 from ..retrieval.evaluate import evaluate, evaluate_run
 from ..retrieval.fusion import fuse
 from ..retrieval.report import Report
+from ..retrieval.suite import Suite, report_files
 from ..retrieval.windows import matching_windows
 from ..training.configs import FinetuneConfig
 from ..training.parts import choose_parts
@@ -34,6 +35,8 @@ from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
 from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, code_sha256
 from .plan import Evaluation, settings_of
+
+Datasets = RetrievalDataset | Mapping[str, RetrievalDataset]  # or {name: dataset} for several
 
 
 def run_cell(folder: Path, *, device: str | None = None) -> None:
@@ -45,12 +48,11 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     options = replace(options, device=device)
     _check_same(cell, "code", code_sha256())
     dataset, validation = load_datasets(options)
-    whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
     grid, plain = read_object(out / GRID), replace(options, format=None, split=None)
     sets = {f"test {name}": load_data(path, plain) for name, path in grid["tests"].items()}
     sets |= {VALIDATION: validation} if validation is not None else {}
-    for name, found in {**sets, **({"train": whole} if cell.run else {})}.items():
-        _check_same(cell, name, found.sha256())
+    for name, found in {**sets, **({"train": dataset} if cell.run else {})}.items():
+        _check_same(cell, name, join_datasets(found).sha256())
     seconds, peak_bytes, num_weights, best = 0.0, 0, 0, None
     if cell.run is None:
         embedder = load_model(options, store=out / STORE)
@@ -67,7 +69,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     start = time.perf_counter()
     for name, questions in sets.items():
         place = folder / EVAL / name.removeprefix("test ")
-        if not (place / "metrics.json").exists():
+        if not report_files(place):
             if how.passages is not None and name != VALIDATION:
                 write_jsonl(place / WINDOWS, matching_windows(embedder, questions, how.passages, dim=how.dim))
             _evaluate(embedder, questions, how, grid["select"]).save(place)
@@ -81,7 +83,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     write_json(folder / RESULT, result)
 
 
-def _train(cell: Cell, options: Options, dataset: Any, validation: RetrievalDataset | None, run: Path, store: Path):
+def _train(cell: Cell, options: Options, dataset: Datasets, validation: Datasets | None, run: Path, store: Path) -> int:
     """Trains into the run folder, unless it is done, and returns how many weights were trained.
     Cells that share a run take turns, and the second finds it done."""
     count = run.with_suffix(".json")
@@ -101,8 +103,10 @@ def _train(cell: Cell, options: Options, dataset: Any, validation: RetrievalData
         return sum(trained)
 
 
-def _evaluate(embedder: Embedder, dataset: RetrievalDataset, how: Evaluation, select: str) -> Report:
-    """The report of a search with the model, or of its fusion with BM25 over the model's tokens."""
+def _evaluate(embedder: Embedder, dataset: Datasets, how: Evaluation, select: str) -> Report | Suite:
+    """The report of a search with the model, or of its fusion with BM25 over the model's tokens; of several, each."""
+    if not isinstance(dataset, RetrievalDataset):
+        return Suite({name: _evaluate(embedder, one, how, select) for name, one in dataset.items()})
     measured = measures(select)
     report = evaluate(embedder, dataset, passages=how.passages, dim=how.dim, precision=how.precision, **measured)
     if how.fuse_weight is None:

@@ -136,9 +136,9 @@ def change_between(pairs: Sequence[tuple[Sequence[Report], Sequence[Report]]], m
 
 
 def choose(results: Results) -> tuple[int, float] | None:
-    """The point that is best on the validation questions, and its `select` there, mean over seeds; the first of equals.
-    Only points whose seeds are all finished take part, so that none wins by a lucky seed. None if there are none, or if
-    they were validated on different questions."""
+    """The point that is best on the validation questions, and its `select` there (of several datasets, their mean, or
+    that of the one it names), mean over seeds; the first of equals. Only points whose seeds are all finished take part,
+    so that none wins by a lucky seed. None if there are none, or if they were validated on different questions."""
     select, found, questions = results.grid.select, {}, set()
     for i, point in enumerate(results.grid.points):
         cells = results.of_point(point)

@@ -8,6 +8,7 @@ and a seed, or, with seed None, an untrained model: once for each model and way 
 
 grid.json          base, axes, points, seeds, tests, select, version, and the keys of the cells in order
 cells/<key>/       cell.json, eval/<test>/, eval/validation/, result.json (last), failed.json, log.txt
+                   eval/validation/<name>/ where validation has several datasets
                    eval/<test>/windows.jsonl where documents are searched in windows
 runs/<run key>/    finetune's run folder, shared by the cells that differ in evaluation only
 store/             vectors of frozen models, shared by all cells
@@ -60,9 +61,14 @@ class Grid:
     points: list[Point]
     seeds: list[int]
     tests: dict[str, str]  # {name: path}
-    select: str
+    select: str  # the metric that chooses a point on validation; of one of several datasets: NAME/METRIC
     cells: list[Cell] = field(default_factory=list)
     out: Path = Path()
+
+    @property
+    def metric(self) -> str:
+        """The metric of `select`, by which tests are measured, too."""
+        return self.select.rpartition("/")[2]
 
     def folder(self, cell: Cell) -> Path:
         """Where a cell is."""

@@ -281,10 +281,8 @@ class _Tests:
         key = as_text([getattr(options, name) for name in (*DATA, "examples")])  # which may be bare texts
         if key not in self.data:
             dataset, validation = load_datasets(options)
-            if isinstance(validation, Mapping):
-                raise ValueError(f"validation has {len(validation)} datasets, expected one: a grid selects on it")
-            whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
-            parts = {"train": whole, **({VALIDATION: validation} if validation is not None else {})}
+            parts = {"train": join_datasets(dataset)}
+            parts |= {VALIDATION: join_datasets(validation)} if validation is not None else {}
             for (kind, data), (name, questions) in itertools.product(parts.items(), self.questions.items()):
                 _check_apart(name, questions, "training" if kind == "train" else kind, data)
             self.data[key] = dataset, validation, {kind: data.sha256() for kind, data in parts.items()}
@@ -307,7 +305,7 @@ class _Tests:
         return found
 
 
-def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: RetrievalDataset | None) -> None:
+def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Any) -> None:
     check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
     how = each.evaluation
     check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])

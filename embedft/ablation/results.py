@@ -11,6 +11,7 @@ from typing import Any
 
 from ..files import read_object
 from ..retrieval.report import Report
+from ..retrieval.suite import Suite, load_reports
 from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, counted, describe
 
 
@@ -19,7 +20,7 @@ class FinishedCell:
     """A cell with its reports and what it took."""
 
     cell: Cell
-    reports: dict[str, Report]  # of each test, and of "validation" where there is one
+    reports: dict[str, Report | Suite]  # of each test, and of "validation" where there is one: a suite of several
     train_seconds: float
     peak_bytes: int
     best_step: int | None = None  # whose weights training kept; 0: the base's; None: without validation or training
@@ -92,5 +93,5 @@ def _read(cell: Cell, folder: Path, tests: Sequence[str]) -> FinishedCell:
     if not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(f"damaged: {folder / RESULT} has no seconds of training or no peak_bytes")
     names = [*tests, *([VALIDATION] if (folder / EVAL / VALIDATION).is_dir() else [])]
-    reports = {name: Report.load(folder / EVAL / name) for name in names}
+    reports = {name: load_reports(folder / EVAL / name) for name in names}
     return FinishedCell(cell, reports, *numbers, found.get("best_step"))

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from ..commands.options import named_sources
 from ..files import locked, read_json, read_object, write_json
 from ..progress import progress_bar
+from ..retrieval.suite import report_files
 from ..training.run_folder import DONE
 from .grid import EVAL, FAILED, LOG, RESULT, RUNS, VALIDATION, Cell, Grid
 
@@ -191,7 +193,10 @@ class _Runner:
             each.lock.close()
 
     def _print_table(self, finished: list[Cell]) -> None:
-        names = [*self.grid.tests, *([VALIDATION] if self.grid.base.get(VALIDATION) else [])]
+        names, validation = list(self.grid.tests), self.grid.base.get(VALIDATION)
+        if validation:
+            several = named_sources(validation) if isinstance(validation, list) else ()
+            names += [VALIDATION, *(f"{VALIDATION}/{name}" for name in several)]
         self.names, self.widths = names, [max(len(name), 8) for name in names]
         self.width = max((len(str(cell)) for cell in self.cells), default=0)
         columns = "  ".join(name.rjust(width) for name, width in zip(self.names, self.widths, strict=True))
@@ -208,5 +213,7 @@ class _Runner:
         return self.on_row(f"{label}  {columns}  {seconds:>8.1f}")
 
     def _mean(self, report: Path, width: int) -> str:
-        there = (report / "metrics.json").exists()  # a point may have no validation
-        return (f"{read_json(report / 'metrics.json')['metrics'][self.grid.select]:.4f}" if there else "").rjust(width)
+        files = report_files(report)  # a point may have no validation
+        metrics = read_json(files[-1])["metrics"] if files else {}
+        value = metrics.get(self.grid.select, metrics.get(self.grid.metric))
+        return ("" if value is None else f"{value:.4f}").rjust(width)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..retrieval.tables import Column, Style, format_rows
 from .effects import Change, Effect, choose
-from .grid import AVERAGE, counted, describe
+from .grid import AVERAGE, VALIDATION, counted, describe
 from .results import Results
 
 MISSING = "Missing: "  # begins a line of the introduction, here and in page.html
@@ -77,7 +77,10 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
     place, value = chosen
     name = describe(grid.points[place]) or "BASE"
     told = [_told(one) for one in effects if one.point == place and one.metric == effects[0].metric]
-    by_validation = f"Chosen on validation ({grid.select} {value:.4f}, mean over seeds): {name}"
+    reports = [cell.reports[VALIDATION].metrics for cell in results.of_point(grid.points[place]).values()]
+    each = [key for key in reports[0] if key.endswith(f"/{grid.metric}")]  # of several datasets
+    values = [f"; {key} {np.mean([metrics[key] for metrics in reports]):.4f}" for key in each]
+    by_validation = f"Chosen on validation ({grid.select} {value:.4f}, mean over seeds{''.join(values)}): {name}"
     return [*lines, f"{by_validation}. On the test sets, which did not choose it: {'; '.join(told)}."]
 
 

@@ -30,7 +30,7 @@ class Options(config.Options):
 def run(options: Options) -> None:
     """Writes report.md, .csv, .tex and .html into DIR/report, and prints the report."""
     results = Results.load(options.folder, options.test)
-    effects = measure_effects(results, list(dict.fromkeys(options.metric)) or [results.grid.select])
+    effects = measure_effects(results, list(dict.fromkeys(options.metric)) or [results.grid.metric])
     with replace_files(Path(options.folder) / REPORT) as folder:
         for name, style in FILES.items():
             (folder / name).write_text(format_report(results, effects, style=style), encoding="utf-8")

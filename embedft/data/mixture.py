@@ -129,8 +129,10 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     return {name: part + 1 for name, part in parts.items()}
 
 
-def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
-    """Joins datasets into one, prefixing every id with its source: "news/q12"."""
+def join_datasets(datasets: RetrievalDataset | Mapping[str, RetrievalDataset]) -> RetrievalDataset:
+    """Joins datasets into one, prefixing every id with its source: "news/q12". A single one stays as it is."""
+    if isinstance(datasets, RetrievalDataset):
+        return datasets
     if not datasets:
         raise ValueError("expected at least one dataset, found none")
     for name in datasets:
