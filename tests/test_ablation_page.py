@@ -39,17 +39,32 @@ def test_the_questions_that_changed_by_hand(tmp_path):
     found = page_data(*load(tmp_path / "out"))
     changed = found["changed"]["uber"]
     # test_ablation_report.py: mean reciprocal ranks are above BASE's by 1/4, 1/2 and 1/4 on questions 0 to 2.
-    (first, second, third), other = changed["points"][1]["questions"], changed["points"][2]["questions"]
+    points = changed["points"]["mrr@10"]
+    (first, second, third), other = points[1]["questions"], points[2]["questions"]
     assert [changed["questions"][one["question"]][0] for one in (first, second, third)] == ["q1", "q0", "q2"]
     assert (first["before"], first["after"]) == (0.5, 1.0)
     assert (first["ranks_before"], first["ranks_after"]) == ([2, 2], [1, 1])
     assert (second["ranks_before"], second["ranks_after"]) == ([2, 2], [1, 2])
     assert changed["passages"][first["passage"]] == ("d1", "passage 1", False)
-    assert changed["points"][1]["num_changed"] == 3
+    assert points[1]["num_changed"] == 3
     # Not found: no rank. That question is the only one that changed there.
     ((last, *others),) = [other]
     assert (last["ranks_before"], last["ranks_after"], others) == ([4, 5], [4, None], [])
     assert changed["questions"][last["question"]] == ("q3", "question 3")
+
+
+def test_the_questions_that_changed_are_those_of_each_metric(tmp_path):
+    """By hand: at rank 1, BASE has no right document, the point 1 that of question 1 with both seeds, 0 with one."""
+    write_grid(tmp_path / "out", {"uber": UBER})
+    alone = page_data(*load(tmp_path / "out"))["changed"]["uber"]
+    both = page_data(*load(tmp_path / "out", ("mrr@10", "hit_rate@1")))["changed"]["uber"]
+    assert both["points"]["mrr@10"] == alone["points"]["mrr@10"]
+    found = both["points"]["hit_rate@1"]
+    changes = [(both["questions"][one["question"]][0], one["before"], one["after"]) for one in found[1]["questions"]]
+    assert changes == [("q1", 0.0, 1.0), ("q0", 0.0, 0.5)]
+    assert found[1]["num_changed"] == 2
+    assert found[2]["questions"] == []
+    assert (both["questions"], both["passages"]) == (alone["questions"], alone["passages"])  # once
 
 
 def test_a_passage_is_cut_to_its_window_or_its_beginning(tmp_path, monkeypatch):
@@ -59,7 +74,7 @@ def test_a_passage_is_cut_to_its_window_or_its_beginning(tmp_path, monkeypatch):
     windows = [{"query_id": "q1", "document_id": "d1", "start": 4, "end": 12}]
     write_jsonl(grid.folder(cell) / EVAL / "uber" / WINDOWS, windows)
     changed = page_data(*load(tmp_path / "out"))["changed"]["uber"]
-    one, two, _ = (changed["passages"][each["passage"]] for each in changed["points"][1]["questions"])
+    one, two, _ = (changed["passages"][each["passage"]] for each in changed["points"]["mrr@10"][1]["questions"])
     assert one == ("d1", "... abc abc  ...", True)
     assert two == ("d0", ("abc " * 300)[: page.MOST_CHARACTERS] + " ...", False)
 
@@ -68,11 +83,13 @@ def test_the_size_is_bounded_and_the_bound_is_stated(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_QUESTIONS", 2)
     write_grid(tmp_path / "out", {"uber": UBER})
     found = page_data(*load(tmp_path / "out"))
-    assert len(found["changed"]["uber"]["points"][1]["questions"]) == 2
-    assert found["changed"]["uber"]["points"][1]["num_changed"] == 3
-    assert names(found["bound"], 2, "mrr@10", page.MOST_CHARACTERS)
-    monkeypatch.setattr(page, "MOST_IN_ALL", 3)  # three points on one test
-    assert names(page_data(*load(tmp_path / "out"))["bound"], 1)
+    points = found["changed"]["uber"]["points"]["mrr@10"]
+    assert len(points[1]["questions"]) == 2
+    assert points[1]["num_changed"] == 3
+    assert names(found["bound"], 2, page.MOST_CHARACTERS)
+    monkeypatch.setattr(page, "MOST_IN_ALL", 6)  # three points on one test
+    for metrics, bound in ((("mrr@10",), 2), (("mrr@10", "hit_rate@1"), 1)):
+        assert names(page_data(*load(tmp_path / "out", metrics))["bound"], bound)
 
 
 @pytest.mark.parametrize("what", ["missing", "changed", "damaged"])
@@ -87,8 +104,9 @@ def test_questions_whose_data_is_gone_are_shown_by_id(tmp_path, what):
         make_questions(4, question="another {}").save(path, format="llamaindex")
     found = page_data(*load(tmp_path / "out"))
     changed = found["changed"]["uber"]
-    assert changed["questions"][changed["points"][1]["questions"][0]["question"]] == ("q1", "")
-    assert "passage" not in changed["points"][1]["questions"][0]
+    first = changed["points"]["mrr@10"][1]["questions"][0]
+    assert changed["questions"][first["question"]] == ("q1", "")
+    assert "passage" not in first
     assert names(found["notes"][-1], "uber", path)
 
 
@@ -129,7 +147,7 @@ def test_infinity_and_nothing_are_json(tmp_path):
     write_grid(tmp_path / "out", {"uber": same})
     found = data_in(format_page(*load(tmp_path / "out")))
     assert [row.get("questions_needed") for row in found["rows"]] == [None, "inf"]
-    assert found["changed"]["uber"]["points"]["1"]["questions"] == []
+    assert found["changed"]["uber"]["points"]["mrr@10"]["1"]["questions"] == []
 
 
 def test_the_command_writes_the_page(tmp_path, capsys):
@@ -209,6 +227,9 @@ def test_sort_filter_and_choose_by_keyboard(text, tmp_path):
       told.facts = [column(4), document.querySelectorAll('#questions li').length];
       choose('metric', 'hit_rate@1');
       told.hits = column(4);
+      choose('test', 'uber');
+      told.changedHits = all('#questions .ranks:nth-child(2)', e => e.textContent);
+      choose('test', 'facts');
       told.address = location.hash;
       return told;"""
     told = in_browser(text, tmp_path / "browser", script)
@@ -228,6 +249,10 @@ def test_sort_filter_and_choose_by_keyboard(text, tmp_path):
     assert told["worse"] == 0
     assert told["facts"] == [["0.5833", "0.8333", "0.7500"], 1]
     assert told["hits"] == ["0.1667", "0.6667", "0.5000"]
+    assert told["changedHits"] == [
+        "hit_rate@1 0.0000 → 1.0000 (+1.0000), rank 2, 2 → 1, 1",
+        "hit_rate@1 0.0000 → 0.5000 (+0.5000), rank 2, 2 → 1, 2",
+    ]
     assert "test=facts" in told["address"]
 
 

@@ -5,6 +5,7 @@
 The template is page.html; its script reads the data of `page_data` from the page itself.
 """
 
+import itertools
 import json
 import math
 import warnings
@@ -43,7 +44,7 @@ def page_data(results: Results, effects: Sequence[Effect]) -> dict[str, Any]:
         for i, point in enumerate(grid.points)
     ]
     rows = [{key: _plain(value) for key, value in row.items()} for row in table_rows(results, effects)]
-    limit = max(1, min(MOST_QUESTIONS, MOST_IN_ALL // (len(points) * len(tests))))
+    limit = max(1, min(MOST_QUESTIONS, MOST_IN_ALL // (len(points) * len(tests) * len(metrics))))
     changed, unreadable = {}, []
     for test in tests:
         if test != AVERAGE:
@@ -52,8 +53,8 @@ def page_data(results: Results, effects: Sequence[Effect]) -> dict[str, Any]:
             except (ValueError, OSError) as error:
                 dataset = None
                 unreadable.append(f"Questions of {test} are shown by id alone: {error}")
-            changed[test] = changed_questions(results, test, metrics[0], dataset, limit)
-    bound = f"At most {limit} questions for each point and test set, those whose {metrics[0]} changed most"
+            changed[test] = changed_questions(results, test, metrics, dataset, limit)
+    bound = f"At most {limit} questions for each point, test set and metric, those that changed most"
     return {
         "title": f"Ablation of {grid.base.get('model', 'a model')}",
         "introduction": introduction(results, effects),
@@ -92,15 +93,16 @@ def _questions(results: Results, test: str) -> RetrievalDataset:
 
 
 def changed_questions(
-    results: Results, test: str, metric: str, dataset: RetrievalDataset | None, limit: int
+    results: Results, test: str, metrics: Sequence[str], dataset: RetrievalDataset | None, limit: int
 ) -> dict[str, Any]:
-    """For each point, the questions that it answers better or worse than BASE, those that changed most first; texts are
-    stored once: {"questions": [[id, text]], "passages": [[id, text, is a window]], "points": {point: [{...}]}}."""
-    base, found = results.of_point(results.grid.points[0]), {}
+    """For each metric and point, questions answered better or worse than by BASE, those that changed most
+    first; texts are stored once: {"questions": [[id, text]], "passages": [[id, text, is a window]],
+    "points": {metric: {point: {...}}}}."""
+    base, found = results.of_point(results.grid.points[0]), {metric: {} for metric in metrics}
     questions: dict[tuple[str, str], int] = {}
     passages: dict[tuple[str, str, bool], int] = {}
     relevant = {} if dataset is None else {q: set(dataset.relevant(q)) for q in dataset.qrels}
-    for i, point in enumerate(results.grid.points[1:], start=1):
+    for (i, point), metric in itertools.product(enumerate(results.grid.points[1:], start=1), metrics):
         own = results.of_point(point)
         seeds = [seed for seed in own if seed in base]
         if not seeds:
@@ -127,7 +129,7 @@ def changed_questions(
                 entry |= {"passage": passages.setdefault(passage, len(passages))}
                 entry |= {"ranks_before": ranks[: len(before)], "ranks_after": ranks[len(before) :]}
             entries.append(entry)
-        found[i] = {"seeds": seeds, "num_changed": int((change_Q > ROUNDING).sum()), "questions": entries}
+        found[metric][i] = {"seeds": seeds, "num_changed": int((change_Q > ROUNDING).sum()), "questions": entries}
     return {"questions": list(questions), "passages": list(passages), "points": found}
 
 
