@@ -12,6 +12,7 @@ from tiny_grid import write_inputs
 
 from embedft import RetrievalDataset
 from embedft.ablation import plan as plans
+from embedft.ablation import settings
 from embedft.ablation.plan import plan
 
 AXES = {"loss.temperature": [0.02, 0.05, 0.1], "lr": [1e-5, 2e-5]}
@@ -129,23 +130,23 @@ def test_a_key_depends_on_everything_that_changes_results(tmp_path, monkeypatch)
 
 def test_references_and_teachers_are_known_by_content(tmp_path):
     teacher = {"name": "listwise_kl"}
-    for settings in (
+    for given in (
         lambda model: {"references": {"guide": model}, "loss": {"name": "guided_in_batch_negatives"}},
         lambda model: {"teacher": {"models": {model: 1.0}}, "num_negatives": 2, "loss": teacher, "target_scores": True},
     ):
         model = tmp_path / "frozen"
         make_embedder(model)
-        before = keys(**settings(str(model)))
-        assert keys(**settings(str(model))) == before
+        before = keys(**given(str(model)))
+        assert keys(**given(str(model))) == before
         shutil.rmtree(model)
         make_embedder(model, dropout=0.3)
-        assert set(keys(**settings(str(model)))[1:]).isdisjoint(before)
+        assert set(keys(**given(str(model)))[1:]).isdisjoint(before)
         shutil.rmtree(model)
 
 
 def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
-    before, completed = keys(), plans._complete_loss
-    monkeypatch.setattr(plans, "_complete_loss", lambda spec: completed(spec) | {"temperature": 0.07})
+    before, completed = keys(), settings._complete_loss
+    monkeypatch.setattr(settings, "_complete_loss", lambda spec: completed(spec) | {"temperature": 0.07})
     assert set(keys()[1:]).isdisjoint(before)
 
 

@@ -34,7 +34,7 @@ from ..training.parts import choose_parts
 from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
 from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, code_sha256
-from .plan import Evaluation, settings_of
+from .settings import Evaluation, settings_of
 
 Datasets = RetrievalDataset | Mapping[str, RetrievalDataset]  # or {name: dataset} for several
 

@@ -8,18 +8,17 @@ so equal data in another place makes no new cell, and a changed default or sourc
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..commands.finetune import Options, load_datasets
 from ..commands.options import load_data, load_model
-from ..config import check_types, from_dict, option, part, suggestion
+from ..config import part
 from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets
 from ..encoders.embedder import Embedder
 from ..encoders.loading import load_embedder
-from ..losses.registry import LOSSES, Loss, loss_options
 from ..recipe.finetune import check_finetune
 from ..recipe.job import measures
 from ..retrieval.evaluate import evaluate_run
@@ -44,24 +43,7 @@ from .grid import (
     product,
     value_at,
 )
-
-# Options of `embedft finetune` that a runner decides, not a grid.
-OF_THE_RUNNER = ("out", "overwrite", "resume", "store", "device", "config", "quiet", "log")
-MODEL = ("model", "revision", "num_layers", "query_prompt", "document_prompt", "allow_pickle")
-DATA = ("data", "validation", "validation_split", "format", "split", "skip_empty", "strict", "merge")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How the tests and the validation questions are searched."""
-
-    passages: list[int] | Literal["training"] | None = option("training", "windows [those of training]")
-    dim: int | None = option(None, "leading dimensions to keep [all]", least=1)
-    precision: Literal["float32", "int8", "binary"] = option("float32", "type of document vectors")
-    fuse_weight: float | None = option(None, "fuse: X for BM25, 1 - X for the model [the model alone]", least=0, most=1)
-
-    def __post_init__(self):
-        check_types(type(self), vars(self))
+from .settings import DATA, MODEL, Evaluation, check_key, complete, complete_parts, settings_of
 
 
 @dataclass
@@ -79,7 +61,7 @@ class _Point:
         """The settings that change what is trained, defaults included; what data and model are is in the hashes."""
         left_out = {*FREE, *MODEL, *DATA, "seed", "evaluate"}
         found = {name: value for name, value in self.config.items() if name not in left_out}
-        return found | _complete_parts(self.config)
+        return found | complete_parts(self.config)
 
     def cell(self, seed: int | None, tests: Mapping[str, str], select: str) -> Cell:
         """The cell of a seed, given the hash of each test, and the metric to select by."""
@@ -91,57 +73,6 @@ class _Point:
         hashes = evaluated if seed is None else self.hashes
         hashes = hashes | {f"test {name}": sha256 for name, sha256 in tests.items()}
         return Cell(key, self.point, seed, config, hashes, run)
-
-
-def complete(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting of a grid's base. Raises `ValueError` for unknown ones, and those of the runner or the seeds."""
-    given, known = dict(base), _settings()
-    for key in given:
-        _check_key(key, known)
-    options, evaluation = settings_of(given)
-    found = {name: value for name, value in asdict(options).items() if name in known}
-    return found | {"evaluate": asdict(evaluation)}
-
-
-def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation]:
-    """A configuration as the options of `embedft finetune` and the way of evaluating."""
-    plain, how = {name: value for name, value in config.items() if name != "evaluate"}, config.get("evaluate", {})
-    if not isinstance(how, Mapping):
-        raise ValueError(f"evaluate is {how!r}, expected KEY=VALUE or {{...}}")
-    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, how, "evaluate: ")
-
-
-def _settings() -> list[str]:
-    return [each.name for each in fields(Options) if each.name not in (*OF_THE_RUNNER, "seed")]
-
-
-def _check_key(key: str, known: Sequence[str]) -> None:
-    first, known = key.partition(".")[0], [*known, "evaluate"]
-    if first == "seed":
-        raise ValueError("seed is not a setting of a grid: use seeds")
-    if first in OF_THE_RUNNER:
-        raise ValueError(f"{first} changes no result, so it is not a setting of a grid")
-    if first not in known:
-        raise ValueError(f"unknown key {key!r}{suggestion(first, known)}; expected one of {', '.join(known)}")
-
-
-def _complete_parts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss and LoRA with the defaults of their options."""
-    lora = from_dict(FinetuneConfig, {"lora": config["lora"]}).lora_config()
-    return {"loss": _complete_loss(config["loss"]), "lora": asdict(lora) if lora else {}}
-
-
-def _complete_loss(spec: Any) -> Any:
-    if not isinstance(spec, Mapping) or spec.get("name") not in LOSSES:
-        return spec
-    found = {"name": spec["name"]}
-    for name, parameter in loss_options(LOSSES[spec["name"]]).items():
-        value = spec.get(name, parameter.default)
-        parts = value if isinstance(value, list | tuple) else [value]
-        if parameter.annotation in (Loss, Sequence[Loss]):
-            parts = list(map(_complete_loss, parts))
-        found[name] = list(parts) if isinstance(value, list | tuple) else parts[0]
-    return found
 
 
 def plan(
@@ -174,7 +105,7 @@ def plan(
         settings_of(base | {"seed": seed})  # raises for one that is none
     axes = _checked_axes(axes or axes_of(points or []))
     asked = list(product(axes)) if points is None else [_in_data_lists(point) for point in points]
-    labelled = base | _complete_parts(base)
+    labelled = base | complete_parts(base)
     base_point = {key: value_at(labelled, key) for key in axes}
     planned = [_planned(base, base_point, "BASE", {})]
     planned += [_planned(base, base_point | point, describe(point), point) for point in asked]
@@ -192,10 +123,10 @@ def plan(
 
 def _checked_axes(axes: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
     """The axes with keys as settings are named. Raises `ValueError` for unknown keys, no values, or one twice."""
-    found, known = {}, _settings()
+    found: dict[str, list[Any]] = {}
     for given, values in (axes or {}).items():
         key = _as_setting(given)
-        _check_key(key, known)
+        check_key(key)
         if key in found:
             raise ValueError(f"axis {key} is given twice")
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:

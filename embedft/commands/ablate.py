@@ -12,7 +12,8 @@ from typing import Any
 
 from ..ablation import runner
 from ..ablation.grid import FAILED, Cell, Grid, counted, sample
-from ..ablation.plan import OF_THE_RUNNER, plan
+from ..ablation.plan import plan
+from ..ablation.settings import OF_THE_RUNNER
 from ..config import changed, check_at_most_one, option, part
 from ..device import find_device
 from ..files import check_writable, locked, read_json

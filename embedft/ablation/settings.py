@@ -1,0 +1,79 @@
+"""The settings of a grid: those of `embedft finetune` that change results, and how cells are evaluated.
+
+options, evaluation = settings_of({"model": "...", "data": ["train.csv"], "evaluate": {"dim": 32}})
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from ..commands.finetune import Options
+from ..config import check_types, from_dict, option, suggestion
+from ..losses.registry import LOSSES, Loss, loss_options
+from ..training.configs import FinetuneConfig
+
+# Options of `embedft finetune` that a runner decides, not a grid.
+OF_THE_RUNNER = ("out", "overwrite", "resume", "store", "device", "config", "quiet", "log")
+MODEL = ("model", "revision", "num_layers", "query_prompt", "document_prompt", "allow_pickle")
+DATA = ("data", "validation", "validation_split", "format", "split", "skip_empty", "strict", "merge")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the tests and the validation questions are searched."""
+
+    passages: list[int] | Literal["training"] | None = option("training", "windows [those of training]")
+    dim: int | None = option(None, "leading dimensions to keep [all]", least=1)
+    precision: Literal["float32", "int8", "binary"] = option("float32", "type of document vectors")
+    fuse_weight: float | None = option(None, "fuse: X for BM25, 1 - X for the model [the model alone]", least=0, most=1)
+
+    def __post_init__(self):
+        check_types(type(self), vars(self))
+
+
+def complete(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a grid's base. Raises `ValueError` for unknown ones, and those of the runner or the seeds."""
+    for key in base:
+        check_key(key)
+    options, evaluation = settings_of(base)
+    found = {name: value for name, value in asdict(options).items() if name not in (*OF_THE_RUNNER, "seed")}
+    return found | {"evaluate": asdict(evaluation)}
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation]:
+    """A configuration as the options of `embedft finetune` and the way of evaluating."""
+    plain, how = {name: value for name, value in config.items() if name != "evaluate"}, config.get("evaluate", {})
+    if not isinstance(how, Mapping):
+        raise ValueError(f"evaluate is {how!r}, expected KEY=VALUE or {{...}}")
+    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, how, "evaluate: ")
+
+
+def check_key(key: str) -> None:
+    """Raises `ValueError` unless a dotted key begins with a setting of a grid."""
+    first = key.partition(".")[0]
+    known = [each.name for each in fields(Options) if each.name not in (*OF_THE_RUNNER, "seed")] + ["evaluate"]
+    if first == "seed":
+        raise ValueError("seed is not a setting of a grid: use seeds")
+    if first in OF_THE_RUNNER:
+        raise ValueError(f"{first} changes no result, so it is not a setting of a grid")
+    if first not in known:
+        raise ValueError(f"unknown key {key!r}{suggestion(first, known)}; expected one of {', '.join(known)}")
+
+
+def complete_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss and LoRA with the defaults of their options."""
+    lora = from_dict(FinetuneConfig, {"lora": config["lora"]}).lora_config()
+    return {"loss": _complete_loss(config["loss"]), "lora": asdict(lora) if lora else {}}
+
+
+def _complete_loss(spec: Any) -> Any:
+    if not isinstance(spec, Mapping) or spec.get("name") not in LOSSES:
+        return spec
+    found = {"name": spec["name"]}
+    for name, parameter in loss_options(LOSSES[spec["name"]]).items():
+        value = spec.get(name, parameter.default)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if parameter.annotation in (Loss, Sequence[Loss]):
+            parts = list(map(_complete_loss, parts))
+        found[name] = list(parts) if isinstance(value, list | tuple) else parts[0]
+    return found
