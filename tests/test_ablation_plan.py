@@ -103,6 +103,19 @@ def test_questions_and_bare_texts_are_loaded_as_each_point_says(tmp_path):
         )
 
 
+def test_principal_components_are_of_each_points_own_training_data():
+    points = [
+        {"data": "train.jsonl", "evaluate.pca": 4},
+        {"data": "other.jsonl", "evaluate.pca": 4},
+        {"data": "other.jsonl"},
+    ]
+    make_dataset(8, 8, seed=5).save("other.jsonl")
+    untrained = [cell for cell in planned(points=points, axes=None).cells if cell.seed is None]
+    assert [cell.config["evaluate"]["pca"] for cell in untrained] == [None, 4, 4]
+    assert "train" not in untrained[0].hashes
+    assert untrained[1].hashes["train"] != untrained[2].hashes["train"]
+
+
 def keys(**changes) -> list[str]:
     return [cell.key for cell in planned(**changes, axes={"lr": [1e-5]}).cells]
 
@@ -176,6 +189,8 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"evaluate.passages": [[99, 4]]}}, ("evaluate.passages=[99, 4]", 99)),
         ({"max_length": 24, "axes": {"evaluate.passages": [[32, 4]]}}, ("evaluate.passages=[32, 4]", 32, 24)),
         ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
+        ({"axes": {"evaluate.pca": [8]}}, ("evaluate.pca=8", "pca", 8, 7, "8 documents")),
+        ({"axes": {"evaluate.pca": [4]}, "evaluate": {"dim": 4}}, ("evaluate.pca=4", "dim", "pca")),
         ({"axes": {"evaluate.fuse_weight": [1.5]}}, ("evaluate.fuse_weight=1.5", "fuse_weight", 1)),
         ({"axes": {"lora.targets": [["nothing"]]}}, ("nothing", "targets")),
         ({"axes": {"max_length": [24, 512]}}, ("max_length=512", "max_length", 512, 48)),

@@ -197,6 +197,15 @@ def test_only_the_same_model_evaluated_in_the_same_way_is_the_untrained_one(out,
     assert {one.from_untrained for one in effects} == {None}
 
 
+def test_components_of_other_training_data_are_not_those_of_the_untrained_one(out):
+    for cell in Grid.load(out).cells:
+        hashes = cell.hashes | {"train": "b" if cell.point == POINTS[1] else "a"}
+        path = out / "cells" / cell.key / "cell.json"
+        write_json(path, asdict(replace(cell, hashes=hashes, config={"evaluate": {"pca": 2}})))
+    effects = by_point(measure_effects(Results.load(out), ["mrr@10"]), "uber")
+    assert [one.from_untrained is None for one in effects.values()] == [False, True, False]
+
+
 def test_what_is_missing_is_named_with_its_reason(out):
     grid = Grid.load(out)
     folders = {(POINTS.index(cell.point), cell.seed): grid.folder(cell) for cell in grid.cells}

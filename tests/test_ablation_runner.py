@@ -29,6 +29,7 @@ from embedft.ablation.plan import plan
 from embedft.ablation.runner import expected_seconds, run_grid, shard_of
 from embedft.cli import main
 from embedft.files import read_json, read_jsonl, read_object
+from embedft.retrieval.pca import fit_pca
 from embedft.retrieval.suite import Suite
 from embedft.retrieval.windows import matching_windows
 
@@ -152,6 +153,19 @@ def test_a_cell_reports_what_evaluate_and_fuse_do():
         (row,) = (row for row in rows if row.startswith(f"{cell} "))
         assert f"{expected.metrics['ndcg@10']:.4f}" in row
     assert (grid.out / "store" / "store.sqlite").exists()
+
+
+def test_principal_components_are_those_of_the_cells_own_model():
+    grid = make_grid(evaluate={"pca": 4, "passages": [8, 4]})
+    assert run_grid(grid, on_row=list) == {}
+    for cell, model in zip(grid.cells, ("model", grid.out / "runs" / grid.cells[1].run / "model"), strict=True):
+        embedder = load_embedder(model, device="cpu")
+        embedder.attach(fit_pca(embedder, RetrievalDataset.load("train.jsonl"), 4, passages=(8, 4)))
+        for name, path in (TESTS | {"validation": "val.jsonl"}).items():
+            expected = evaluate(embedder, RetrievalDataset.load(path), passages=(8, 4))
+            found = Report.load(grid.folder(cell) / "eval" / name)
+            assert found.metrics == expected.metrics
+            assert found.setting["adapter"] == "pca-4"
 
 
 def test_a_result_says_what_the_cell_cost():

@@ -16,7 +16,7 @@ WORDS = ["depot", "driver", "fleet", "lease", "margin", "rider", "surge", "tarif
 FORGETTING = {"scifact", "docstrings"}
 
 
-def tiny(name: str, num_documents: int = 40) -> RetrievalDataset:
+def tiny(name: str, num_documents: int = 50) -> RetrievalDataset:
     """Two questions about each document, whose sentences, heading and words can be asked with, too."""
     corpus = {}
     for i in range(num_documents):

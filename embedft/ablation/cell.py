@@ -26,6 +26,7 @@ from ..recipe.job import measures
 from ..retrieval.bm25 import bm25_run
 from ..retrieval.evaluate import evaluate, evaluate_run
 from ..retrieval.fusion import fuse
+from ..retrieval.pca import fit_pca
 from ..retrieval.report import Report
 from ..retrieval.suite import Suite, report_files
 from ..retrieval.windows import matching_windows
@@ -51,7 +52,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     grid, plain = read_object(out / GRID), replace(options, format=None, split=None)
     sets = {f"test {name}": load_data(path, plain) for name, path in grid["tests"].items()}
     sets |= {VALIDATION: validation} if validation is not None else {}
-    for name, found in {**sets, **({"train": dataset} if cell.run else {})}.items():
+    for name, found in {**sets, **({"train": dataset} if "train" in cell.hashes else {})}.items():
         _check_same(cell, name, join_datasets(found).sha256())
     seconds, peak_bytes, num_weights, best = 0.0, 0, 0, None
     if cell.run is None:
@@ -67,6 +68,8 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
         embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
     start = time.perf_counter()
+    if how.pca is not None:
+        embedder.attach(fit_pca(embedder, join_datasets(dataset), how.pca, passages=how.passages))
     for name, questions in sets.items():
         place = folder / EVAL / name.removeprefix("test ")
         if not report_files(place):

@@ -22,6 +22,7 @@ from ..encoders.loading import load_embedder
 from ..recipe.finetune import check_finetune
 from ..recipe.job import measures
 from ..retrieval.evaluate import evaluate_run
+from ..retrieval.pca import check_pca
 from ..retrieval.run import Run
 from ..retrieval.search import Setting, check_settings
 from ..retrieval.suite import about
@@ -65,7 +66,8 @@ class _Point:
 
     def cell(self, seed: int | None, tests: Mapping[str, str], select: str) -> Cell:
         """The cell of a seed, given the hash of each test, and the metric to select by."""
-        evaluated = {name: self.hashes[name] for name in ("model", VALIDATION, "code") if name in self.hashes}
+        names = ["model", VALIDATION, "code", *(["train"] if self.evaluation.pca else [])]
+        evaluated = {name: self.hashes[name] for name in names if name in self.hashes}
         how = {"evaluate": asdict(self.evaluation), "tf32": self.options.tf32, "select": select}
         run = None if seed is None else digest(self.training(), seed, self.hashes)
         config = self.config | {"seed": seed, "evaluate": how["evaluate"]}
@@ -239,6 +241,8 @@ class _Tests:
 def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Any) -> None:
     check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
     how = each.evaluation
+    if how.pca is not None:
+        check_pca(embedder, join_datasets(dataset), how.pca)
     check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
     own = embedder.max_length
     for length in {own, each.options.max_length or own} if how.passages else ():  # raises for too long windows

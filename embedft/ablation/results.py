@@ -12,7 +12,7 @@ from typing import Any
 from ..files import read_object
 from ..retrieval.report import Report
 from ..retrieval.suite import Suite, load_reports
-from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, counted, describe
+from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, counted, describe, value_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +77,10 @@ def _text(cell: Cell) -> str:
 
 
 def _start(cell: Cell) -> str:
-    """What an untrained cell shares with the trained ones that it is compared with: model and evaluation."""
-    return as_text([cell.hashes.get("model"), cell.config.get("evaluate")])
+    """What an untrained cell shares with the trained ones that it is compared with: model and evaluation, and for
+    principal components the training data that they are of."""
+    how = cell.config.get("evaluate")
+    return as_text([cell.hashes.get("model"), how, cell.hashes.get("train") if value_at(how, "pca") else None])
 
 
 def _read(cell: Cell, folder: Path, tests: Sequence[str]) -> FinishedCell:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..commands.finetune import Options
-from ..config import check_types, from_dict, option, suggestion
+from ..config import check_at_most_one, check_types, from_dict, option, suggestion
 from ..losses.registry import LOSSES, Loss, loss_options
 from ..training.configs import FinetuneConfig
 
@@ -24,11 +24,13 @@ class Evaluation:
 
     passages: list[int] | Literal["training"] | None = option("training", "windows [those of training]")
     dim: int | None = option(None, "leading dimensions to keep [all]", least=1)
+    pca: int | None = option(None, "principal components of the training documents to map onto [none]", least=1)
     precision: Literal["float32", "int8", "binary"] = option("float32", "type of document vectors")
     fuse_weight: float | None = option(None, "fuse: X for BM25, 1 - X for the model [the model alone]", least=0, most=1)
 
     def __post_init__(self):
         check_types(type(self), vars(self))
+        check_at_most_one(self, "dim", "pca")
 
 
 def complete(base: Mapping[str, Any]) -> dict[str, Any]:

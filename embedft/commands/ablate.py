@@ -47,7 +47,7 @@ class Options(Run, finetune.Options):
         [], "an option of finetune, or evaluate.KEY, and its values", metavar="KEY VALUE ..."
     )
     seeds: list[int] = option([0, 1, 2], "seeds that each point of the grid is trained with")
-    evaluate: dict[str, Any] = option({}, "search of tests and validation: passages, dim, precision, fuse_weight")
+    evaluate: dict[str, Any] = option({}, "search of tests and validation: passages, dim, pca, precision, fuse_weight")
     sample: int | None = option(None, "only N random points of the product of the axes", least=1)
     points: str | None = option(None, "JSON list of points, {KEY: VALUE, ...}, in place of --axis", metavar="FILE")
 

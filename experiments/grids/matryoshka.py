@@ -1,8 +1,7 @@
 """Is it worth training for few dimensions, and with which weights?
 
-Cut to 32 of 384 dimensions, after training on all of them ("truncation") or on both, with equal weights or four times
-the weight on the 32. PCA, which fits a map to a corpus, is not a way of evaluating that a grid can vary:
-experiments/repro_matryoshka_finance.py and embedft.fit_adapter have other ways to few dimensions.
+384 dimensions and 32: cut, after training on all ("truncation") or on both, with equal weights or four times the weight
+on the 32; or, after training on all, the 32 principal components of the training documents.
 """
 
 from experiments.grid_data import LYFT, tests
@@ -11,6 +10,7 @@ PLAIN = {"name": "in_batch_negatives"}
 MATRYOSHKA = {"name": "matryoshka", "dims": [384, 32], "inner": PLAIN}
 
 BASE = LYFT | {"loss": PLAIN}
-AXES = {"loss": [PLAIN, MATRYOSHKA, MATRYOSHKA | {"weights": [1.0, 4.0]}], "evaluate.dim": [None, 32]}
+LOSSES = [PLAIN, MATRYOSHKA, MATRYOSHKA | {"weights": [1.0, 4.0]}]
+POINTS = [{"loss": loss, "evaluate.dim": dim} for loss in LOSSES for dim in (None, 32)] + [{"evaluate.pca": 32}]
 SEEDS = [0, 1, 2]
 TESTS = tests()
