@@ -116,6 +116,24 @@ def test_principal_components_are_of_each_points_own_training_data():
     assert untrained[1].hashes["train"] != untrained[2].hashes["train"]
 
 
+def test_an_adapter_is_trained_by_its_own_settings_alone():
+    """Its defaults included; and cells that differ in evaluation share it."""
+    points = [{"adapter": {"side": "both"}}, {"adapter": {"side": "both"}, "evaluate.dim": 4}, {"adapter.lr": 0.1}]
+    grid = planned(points=points, axes=None)
+    assert [point["adapter"] for point in grid.points] == [{}, {"side": "both"}, {"side": "both"}, {}]
+    runs = [cell.run for cell in grid.cells if cell.seed == 0]
+    assert (runs[1], len(set(runs))) == (runs[2], 3)
+    assert [cell.seed for cell in grid.cells].count(None) == 2  # with and without the dim
+    same = {"tests": {"uber": "uber.jsonl"}, "axes": None, "adapter": {"side": "both"}}
+    one = planned(**same, points=[{"adapter.lr": 0.1}])
+    assert one.points[0] == {"adapter.lr": 1e-3}
+    other = planned(**same | {"adapter": {"side": "both", "lr": 1e-3}}, points=[{"adapter.lr": 0.1}], epochs=3, lr=1.0)
+    assert [cell.key for cell in other.cells] == [cell.key for cell in one.cells]
+    assert [cell.key for cell in planned(**same, points=[{"adapter.lr": 0.1}], max_length=8).cells] != [
+        cell.key for cell in one.cells
+    ]
+
+
 def keys(**changes) -> list[str]:
     return [cell.key for cell in planned(**changes, axes={"lr": [1e-5]}).cells]
 
@@ -191,6 +209,13 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
         ({"axes": {"evaluate.pca": [8]}}, ("evaluate.pca=8", "pca", 8, 7, "8 documents")),
         ({"axes": {"evaluate.pca": [4]}, "evaluate": {"dim": 4}}, ("evaluate.pca=4", "dim", "pca")),
+        ({"axes": {"adapter": [{"kind": "cubic"}]}}, ("kind", "cubic", "low_rank")),
+        ({"axes": {"adapter": ["linear"]}}, ("adapter=linear", "linear")),
+        ({"axes": {"adapter.seed": [1]}}, ("adapter", "seed", "seeds")),
+        ({"axes": {"adapter": [{"out_dim": 4}]}}, ("queries", "documents", 4, 32)),
+        ({"axes": {"adapter": [{"kind": "linear"}], "lr": [1e-5]}}, ("lr", "adapter.KEY")),
+        ({"axes": {"adapter": [{"kind": "linear"}]}, "evaluate": {"pca": 4}}, ("adapter", "pca", 4)),
+        ({"axes": {"adapter": [{"objective": "in_batch", "loss": {"name": "marginn"}}]}}, ("marginn",)),
         ({"axes": {"evaluate.fuse_weight": [1.5]}}, ("evaluate.fuse_weight=1.5", "fuse_weight", 1)),
         ({"axes": {"lora.targets": [["nothing"]]}}, ("nothing", "targets")),
         ({"axes": {"max_length": [24, 512]}}, ("max_length=512", "max_length", 512, 48)),

@@ -21,7 +21,17 @@ from naming import names, naming
 from tiny import make_dataset
 from tiny_grid import write_inputs
 
-from embedft import Report, RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
+from embedft import (
+    AdapterConfig,
+    Report,
+    RetrievalDataset,
+    bm25_run,
+    evaluate,
+    evaluate_run,
+    fit_adapter,
+    fuse,
+    load_embedder,
+)
 from embedft.ablation import runner
 from embedft.ablation.cell import run_cell
 from embedft.ablation.grid import Grid
@@ -166,6 +176,37 @@ def test_principal_components_are_those_of_the_cells_own_model():
             found = Report.load(grid.folder(cell) / "eval" / name)
             assert found.metrics == expected.metrics
             assert found.setting["adapter"] == "pca-4"
+
+
+@pytest.mark.parametrize("passages", [None, [8, 4]])
+def test_an_adapter_is_fitted_on_the_frozen_model(passages):
+    grid = make_grid(
+        adapter={"side": "both", "lr": 1e-2}, passages=passages, max_length=24, axes={"evaluate.dim": [16]}
+    )
+    assert run_grid(grid, on_row=list) == {}
+    cells = [cell for cell in grid.cells if cell.run]
+    assert len({cell.run for cell in cells}) == 1
+    run, train = grid.out / "runs" / cells[0].run, RetrievalDataset.load("train.jsonl")
+    embedder = load_embedder("model", device="cpu", max_length=24)
+    queries_QD = embedder.encode(list(train.queries.values()), role="query")
+    documents = list(train.texts.values())
+    documents_ND, source = (
+        embedder.encode_passages(documents, passages) if passages else (embedder.encode(documents), None)
+    )
+    config = AdapterConfig(side="both", lr=1e-2, seed=0)
+    adapter = fit_adapter(queries_QD, documents_ND, train.qrels_by_row(), config, source=source, base=embedder.base())
+    embedder.attach(adapter)
+    for cell in cells:
+        dim = cell.config["evaluate"]["dim"]
+        expected = evaluate(embedder, RetrievalDataset.load("uber.jsonl"), passages=passages, dim=dim)
+        assert Report.load(grid.folder(cell) / "eval" / "uber").metrics == expected.metrics
+        result = read_object(grid.folder(cell) / "result.json")
+        assert result["num_weights_trained"] == 2 * (32 * 32 + 32)
+        assert result["seconds"]["train"] == list(read_jsonl(run / "train.jsonl"))[-1][1]["seconds"] > 0
+        assert result["best_step"] is None
+    (untrained, *_) = (Report.load(grid.folder(cell) / "eval" / "uber") for cell in grid.cells if not cell.run)
+    trained = Report.load(grid.folder(cells[0]) / "eval" / "uber")
+    assert (untrained.run.scores != trained.run.scores).any()
 
 
 def test_a_result_says_what_the_cell_cost():

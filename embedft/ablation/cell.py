@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .. import device as devices
+from ..commands.adapter import fit
 from ..commands.finetune import Options, load_datasets
 from ..commands.options import best_step, load_data, load_model, validated
 from ..config import part
@@ -20,7 +21,7 @@ from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets
 from ..device import allow_deterministic
 from ..encoders.embedder import Embedder
-from ..files import locked, read_json, read_jsonl, read_object, write_json, write_jsonl
+from ..files import append_jsonl, locked, read_json, read_jsonl, read_object, write_json, write_jsonl
 from ..recipe.finetune import finetune
 from ..recipe.job import measures
 from ..retrieval.bm25 import bm25_run
@@ -30,7 +31,7 @@ from ..retrieval.pca import fit_pca
 from ..retrieval.report import Report
 from ..retrieval.suite import Suite, report_files
 from ..retrieval.windows import matching_windows
-from ..training.configs import FinetuneConfig
+from ..training.configs import AdapterConfig, FinetuneConfig
 from ..training.parts import choose_parts
 from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
@@ -45,7 +46,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     Raises `ValueError` if code, model or data are no longer those that the cell is named after."""
     cell, out = Cell(**read_object(folder / CELL)), folder.parents[1]
     config = cell.config if cell.seed is not None else {k: v for k, v in cell.config.items() if k != "seed"}
-    options, how = settings_of(config)
+    options, how, adapter = settings_of(config)
     options = replace(options, device=device)
     _check_same(cell, "code", code_sha256())
     dataset, validation = load_datasets(options)
@@ -60,13 +61,26 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         _check_same(cell, "model", embedder.sha256())
     else:
         run = out / RUNS / cell.run
-        num_weights = _train(cell, options, dataset, validation, run, out / STORE)
+        # Cells that share a run take turns, and the second finds it done.
+        waits = {"wait": lambda holder: print(f"{run}: waiting for {holder}, which trains it")}
+        with locked(run.with_suffix(".lock"), **waits):
+            if not (run / DONE).exists():
+                embedder = load_model(options, store=out / STORE)
+                _check_same(cell, "model", embedder.sha256())
+                if adapter is None:
+                    _train(embedder, options, dataset, validation, run)
+                else:
+                    _fit(embedder, adapter, options, dataset, run)
+        num_weights = read_json(run.with_suffix(".json"))
         records = [record for _, record in read_jsonl(run / TRAIN_LOG)]
         seconds = sum(record.get("seconds", 0.0) for record in records)
         peak_bytes = max(record.get("peak_bytes", 0) for record in records)
-        best = best_step(validated(records, options.select))
-        tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
-        embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
+        best = best_step(validated(records, (adapter or options).select))
+        if adapter is None:
+            tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
+            embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
+        else:
+            embedder = load_model(options, store=out / STORE, max_length=options.max_length, adapter=run)
     start = time.perf_counter()
     if how.pca is not None:
         embedder.attach(fit_pca(embedder, join_datasets(dataset), how.pca, passages=how.passages))
@@ -86,24 +100,26 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     write_json(folder / RESULT, result)
 
 
-def _train(cell: Cell, options: Options, dataset: Datasets, validation: Datasets | None, run: Path, store: Path) -> int:
-    """Trains into the run folder, unless it is done, and returns how many weights were trained.
-    Cells that share a run take turns, and the second finds it done."""
-    count = run.with_suffix(".json")
-    with locked(run.with_suffix(".lock"), wait=lambda holder: print(f"{run}: waiting for {holder}, which trains it")):
-        if (run / DONE).exists():
-            return read_json(count)
-        config = part(options, FinetuneConfig)
-        if config.deterministic:
-            allow_deterministic()
-        embedder = load_model(options, store=store)
-        _check_same(cell, "model", embedder.sha256())
-        frozen = choose_parts(embedder, config)
-        trained = [x.numel() for name, x in embedder.named_parameters() if name not in frozen]
-        embedder.lora = None
-        write_json(count, sum(trained))
-        finetune(embedder, dataset, config, validation=validation, out=run, existing="resume")
-        return sum(trained)
+def _train(embedder: Embedder, options: Options, dataset: Datasets, validation: Datasets | None, run: Path) -> None:
+    """Fine-tunes into the run folder, and records beside it how many weights were trained."""
+    config = part(options, FinetuneConfig)
+    if config.deterministic:
+        allow_deterministic()
+    frozen = choose_parts(embedder, config)
+    trained = [x.numel() for name, x in embedder.named_parameters() if name not in frozen]
+    embedder.lora = None
+    write_json(run.with_suffix(".json"), sum(trained))
+    finetune(embedder, dataset, config, validation=validation, out=run, existing="resume")
+
+
+def _fit(embedder: Embedder, config: AdapterConfig, options: Options, dataset: Datasets, run: Path) -> None:
+    """Fits an adapter into the run folder, and records beside it how many weights were trained."""
+    start = time.perf_counter()
+    embedder.max_length = options.max_length or embedder.max_length
+    adapter = fit(embedder, join_datasets(dataset), config, passages=options.passages, out=run)
+    write_json(run.with_suffix(".json"), sum(x.numel() for x in adapter.parameters()))
+    append_jsonl(run / TRAIN_LOG, {"seconds": time.perf_counter() - start})
+    (run / DONE).touch()
 
 
 def _evaluate(embedder: Embedder, dataset: Datasets, how: Evaluation, select: str) -> Report | Suite:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..commands.adapter import check_adapter
 from ..commands.finetune import Options, load_datasets
 from ..commands.options import load_data, load_model
 from ..config import part
@@ -27,7 +28,7 @@ from ..retrieval.run import Run
 from ..retrieval.search import Setting, check_settings
 from ..retrieval.suite import about
 from ..retrieval.teacher import load_teacher
-from ..training.configs import FinetuneConfig
+from ..training.configs import AdapterConfig, FinetuneConfig
 from ..training.run_folder import FREE
 from .grid import (
     AVERAGE,
@@ -44,7 +45,17 @@ from .grid import (
     product,
     value_at,
 )
-from .settings import DATA, MODEL, Evaluation, check_key, complete, complete_parts, settings_of
+from .settings import (
+    DATA,
+    MODEL,
+    OF_ADAPTERS,
+    PARTS,
+    Evaluation,
+    check_key,
+    complete,
+    complete_parts,
+    settings_of,
+)
 
 
 @dataclass
@@ -56,13 +67,17 @@ class _Point:
     config: dict[str, Any]
     options: Options
     evaluation: Evaluation
+    adapter: AdapterConfig | None = None  # fitted on the frozen model in place of fine-tuning
     hashes: dict[str, str] = field(default_factory=dict)
 
     def training(self) -> dict[str, Any]:
         """The settings that change what is trained, defaults included; what data and model are is in the hashes."""
-        left_out = {*FREE, *MODEL, *DATA, "seed", "evaluate"}
+        parts = complete_parts(self.config)
+        if self.adapter is not None:
+            return {name: self.config[name] for name in ("max_length", "passages")} | {"adapter": parts["adapter"]}
+        left_out = {*FREE, *MODEL, *DATA, "seed", *PARTS}
         found = {name: value for name, value in self.config.items() if name not in left_out}
-        return found | complete_parts(self.config)
+        return found | parts
 
     def cell(self, seed: int | None, tests: Mapping[str, str], select: str) -> Cell:
         """The cell of a seed, given the hash of each test, and the metric to select by."""
@@ -89,7 +104,8 @@ def plan(
     """The grid with all its cells. Nothing is written.
 
     Args:
-        base: settings of `embedft finetune`, and under "evaluate" those of `Evaluation`; others keep their defaults.
+        base: settings of `embedft finetune`, and under "evaluate" those of `Evaluation`; with "adapter", settings
+            of `AdapterConfig`, cells fit an adapter on the frozen model. Others keep their defaults.
         axes: {dotted key: values} [those of `points`].
         points: some combinations of the values [all of them]. BASE is always one, and comes first.
 
@@ -155,11 +171,15 @@ def _in_data_lists(point: Point) -> Point:
 def _planned(base: dict[str, Any], label: Point, name: str, point: Point) -> _Point:
     with about(name):
         config = apply(base, point)
-        options, evaluation = settings_of(config)
+        options, evaluation, adapter = settings_of(config)
         part(options, FinetuneConfig)  # raises for settings that cannot be combined
+        if adapter and (unused := [key for key in point if key.partition(".")[0] not in OF_ADAPTERS]):
+            raise ValueError(
+                f"{unused[0]} changes nothing where an adapter is fitted; its own settings are adapter.KEY"
+            )
     if evaluation.passages == "training":
         evaluation = replace(evaluation, passages=options.passages)
-    return _Point(name, label, config, options, evaluation)
+    return _Point(name, label, config, options, evaluation, adapter)
 
 
 def _model_of(each: _Point) -> str:
@@ -239,7 +259,10 @@ class _Tests:
 
 
 def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Any) -> None:
-    check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
+    if each.adapter is None:
+        check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
+    else:
+        check_adapter(embedder, join_datasets(dataset), each.adapter)
     how = each.evaluation
     if how.pca is not None:
         check_pca(embedder, join_datasets(dataset), how.pca)

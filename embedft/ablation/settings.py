@@ -1,6 +1,6 @@
-"""The settings of a grid: those of `embedft finetune` that change results, and how cells are evaluated.
+"""The settings of a grid: those of `embedft finetune` that change results, how cells are evaluated, and adapters.
 
-options, evaluation = settings_of({"model": "...", "data": ["train.csv"], "evaluate": {"dim": 32}})
+options, evaluation, adapter = settings_of({"model": "...", "data": ["train.csv"], "evaluate": {"dim": 32}})
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,14 @@ from typing import Any, Literal
 from ..commands.finetune import Options
 from ..config import check_at_most_one, check_types, from_dict, option, suggestion
 from ..losses.registry import LOSSES, Loss, loss_options
-from ..training.configs import FinetuneConfig
+from ..training.configs import AdapterConfig, FinetuneConfig
 
 # Options of `embedft finetune` that a runner decides, not a grid.
 OF_THE_RUNNER = ("out", "overwrite", "resume", "store", "device", "config", "quiet", "log")
 MODEL = ("model", "revision", "num_layers", "query_prompt", "document_prompt", "allow_pickle")
 DATA = ("data", "validation", "validation_split", "format", "split", "skip_empty", "strict", "merge")
+PARTS = ("evaluate", "adapter")  # settings beside those of `embedft finetune`, each with keys of its own
+OF_ADAPTERS = (*MODEL, *DATA, *PARTS, "max_length", "passages")  # what changes a cell with an adapter
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,37 @@ def complete(base: Mapping[str, Any]) -> dict[str, Any]:
     """Every setting of a grid's base. Raises `ValueError` for unknown ones, and those of the runner or the seeds."""
     for key in base:
         check_key(key)
-    options, evaluation = settings_of(base)
+    options, evaluation, _ = settings_of(base)
     found = {name: value for name, value in asdict(options).items() if name not in (*OF_THE_RUNNER, "seed")}
-    return found | {"evaluate": asdict(evaluation)}
+    return found | {"evaluate": asdict(evaluation), "adapter": dict(base.get("adapter", {}))}
 
 
-def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation]:
-    """A configuration as the options of `embedft finetune` and the way of evaluating."""
-    plain, how = {name: value for name, value in config.items() if name != "evaluate"}, config.get("evaluate", {})
-    if not isinstance(how, Mapping):
-        raise ValueError(f"evaluate is {how!r}, expected KEY=VALUE or {{...}}")
-    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, how, "evaluate: ")
+def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation, AdapterConfig | None]:
+    """A configuration as the options of `embedft finetune`, the way of evaluating and, if there is one, the adapter."""
+    plain, parts = dict(config), {name: config.get(name, {}) for name in PARTS}
+    for name, given in parts.items():
+        plain.pop(name, None)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name} is {given!r}, expected KEY=VALUE or {{...}}")
+    options, evaluation = (
+        from_dict(Options, {**plain, "out": ""}),
+        from_dict(Evaluation, parts["evaluate"], "evaluate: "),
+    )
+    if not parts["adapter"]:
+        return options, evaluation, None
+    if "seed" in parts["adapter"]:
+        raise ValueError("adapter: seed is not a setting of a grid: use seeds")
+    if evaluation.pca:
+        raise ValueError(
+            f"adapter cannot be combined with pca, which is {evaluation.pca}: both map the model's vectors"
+        )
+    return options, evaluation, from_dict(AdapterConfig, {**parts["adapter"], "seed": options.seed}, "adapter: ")
 
 
 def check_key(key: str) -> None:
     """Raises `ValueError` unless a dotted key begins with a setting of a grid."""
     first = key.partition(".")[0]
-    known = [each.name for each in fields(Options) if each.name not in (*OF_THE_RUNNER, "seed")] + ["evaluate"]
+    known = [each.name for each in fields(Options) if each.name not in (*OF_THE_RUNNER, "seed")] + [*PARTS]
     if first == "seed":
         raise ValueError("seed is not a setting of a grid: use seeds")
     if first in OF_THE_RUNNER:
@@ -63,9 +79,13 @@ def check_key(key: str) -> None:
 
 
 def complete_parts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Loss and LoRA with the defaults of their options."""
-    lora = from_dict(FinetuneConfig, {"lora": config["lora"]}).lora_config()
-    return {"loss": _complete_loss(config["loss"]), "lora": asdict(lora) if lora else {}}
+    """Loss, LoRA and adapter with the defaults of their options."""
+    lora, (*_, adapter) = from_dict(FinetuneConfig, {"lora": config["lora"]}).lora_config(), settings_of(config)
+    found = {"loss": _complete_loss(config["loss"]), "lora": asdict(lora) if lora else {}, "adapter": {}}
+    if adapter is not None:
+        found["adapter"] = asdict(adapter) | {"loss": _complete_loss(adapter.loss)}
+        del found["adapter"]["seed"]
+    return found
 
 
 def _complete_loss(spec: Any) -> Any:

@@ -48,6 +48,9 @@ class Options(Run, finetune.Options):
     )
     seeds: list[int] = option([0, 1, 2], "seeds that each point of the grid is trained with")
     evaluate: dict[str, Any] = option({}, "search of tests and validation: passages, dim, pca, precision, fuse_weight")
+    adapter: dict[str, Any] = option(
+        {}, "fit an adapter on the frozen model instead: kind, side, lr, ... of its command"
+    )
     sample: int | None = option(None, "only N random points of the product of the axes", least=1)
     points: str | None = option(None, "JSON list of points, {KEY: VALUE, ...}, in place of --axis", metavar="FILE")
 
@@ -83,7 +86,8 @@ def run(options: Options) -> int:
     left_out = (*OF_THE_RUNNER, "seed")
     base = {name: x for name, x in asdict(part(options, finetune.Options)).items() if name not in left_out}
     how = {"axes": axes, "points": points, "tests": named_sources(options.test), "seeds": options.seeds}
-    return run_plan({**base, "evaluate": options.evaluate}, options.out, how, options, options.device)
+    base |= {"evaluate": options.evaluate, "adapter": options.adapter}
+    return run_plan(base, options.out, how, options, options.device)
 
 
 def _summary(grid: Grid, cells: list[Cell], num_slots: int) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import embedft
 
 from ..config import REQUIRED, option, part
@@ -63,7 +65,8 @@ def run(options: Options) -> None:
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        adapter = _fit(options, config, embedder, dataset)
+        start = embedft.Adapter.load(options.start) if options.start else None
+        adapter = fit(embedder, dataset, config, passages=options.passages, start=start, out=options.out)
         costs, kept = adapter.costs, f"kept the weights of the last step, {adapter.costs['best_step']:,}"
         if num_held_out := costs["held_out_queries"]:
             kept = summary(adapter.history, config.select, start="the start")
@@ -79,17 +82,28 @@ def run(options: Options) -> None:
     print(f"adapter: {out}")
 
 
-def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDataset) -> "embedft.Adapter":
-    """Embeds the data at full width (the adapter runs before --dim truncates vectors) and fits."""
-    more: dict[str, Any] = {"start": embedft.Adapter.load(options.start) if options.start else None}
+def check_adapter(embedder, dataset: RetrievalDataset, config: AdapterConfig) -> None:
+    """Raises the `ValueError` that `fit` would raise, from one step on equal vectors in place of the data's."""
+    if embedder.adapter is not None:
+        raise ValueError("the model has an adapter already")
+    rows = dataset.qrels_by_row()
+    few = {row: rows[row] for row in list(rows)[: config.batch_size or 64]}
+    vectors = [np.ones((len(part), embedder.full_dim), np.float32) for part in (dataset.queries, dataset.corpus)]
+    embedft.fit_adapter(*vectors, few, replace(config, epochs=1, held_out=0.0))
+
+
+def fit(
+    embedder, dataset: RetrievalDataset, config: AdapterConfig, *, passages: list[int] | None = None, **more: Any
+) -> "embedft.Adapter":
+    """Embeds the data at full width (the adapter runs before --dim truncates vectors) and fits; more: start, out."""
     dim = embedder.space("query").dim or None  # 0: not yet known, for a server
     texts = list(dataset.texts.values())
-    if options.passages is None:
+    if passages is None:
         documents_MD = embedder.encode(texts, role="document", dim=dim)
     else:
-        documents_MD, more["source"] = embedder.encode_passages(texts, options.passages, role="document", dim=dim)
+        documents_MD, more["source"] = embedder.encode_passages(texts, passages, role="document", dim=dim)
     queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
     graded = {q: dict.fromkeys(dataset.negatives.get(q, ()), 0) | grades for q, grades in dataset.qrels.items()}
     qrels = replace(dataset, qrels=graded).qrels_by_row()
     more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API are always normalized
-    return embedft.fit_adapter(queries_ND, documents_MD, qrels, config, base=embedder.base(), out=options.out, **more)
+    return embedft.fit_adapter(queries_ND, documents_MD, qrels, config, base=embedder.base(), **more)
