@@ -15,7 +15,7 @@ from tiny_grid import POINTS, make_questions, run_of, write_grid
 
 from embedft import Report, compare, evaluate_run
 from embedft.ablation.effects import choose, measure_effects
-from embedft.ablation.grid import EVAL, FAILED, RESULT, VALIDATION, Grid
+from embedft.ablation.grid import EVAL, FAILED, RESULT, VALIDATION, WINDOWS, Grid
 from embedft.ablation.results import Results
 from embedft.ablation.tables import format_report, introduction
 from embedft.cli import main
@@ -223,6 +223,16 @@ def test_what_is_missing_is_named_with_its_reason(out):
     text = format_report(results, measure_effects(results, ["mrr@10"]))
     assert all(line.replace("<", "&lt;") in text for line in results.missing)
     assert len(by_point(measure_effects(results, ["mrr@10"]), "uber")) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]\n", '{"query_id": "q0", "document_id": "d0", "start": "0", "end": 4}\n'])
+def test_a_cell_whose_windows_are_damaged_is_missing(out, content):
+    cell = next(cell for cell in Grid.load(out).cells if cell.point == POINTS[1] and cell.seed == 0)
+    folder = out / "cells" / cell.key
+    (folder / EVAL / "uber" / WINDOWS).write_text(content)
+    (line,) = Results.load(out).missing
+    assert names(line, "seed", 0, folder / EVAL / "uber" / WINDOWS, "remove", folder / RESULT)
+    assert main(["report", str(out)]) == 0
 
 
 def test_a_cell_whose_description_is_damaged_is_left_out(out):

@@ -38,7 +38,7 @@ from embedft.ablation.grid import Grid
 from embedft.ablation.plan import plan
 from embedft.ablation.runner import expected_seconds, run_grid, shard_of
 from embedft.cli import main
-from embedft.files import read_json, read_jsonl, read_object
+from embedft.files import read_json, read_jsonl, read_object, write_json
 from embedft.retrieval.pca import fit_pca
 from embedft.retrieval.suite import Suite
 from embedft.retrieval.windows import matching_windows
@@ -242,6 +242,58 @@ def test_a_result_says_which_step_was_kept(validation, best):
     assert [read_object(grid.folder(cell) / "result.json")["best_step"] for cell in grid.cells] == [None, best]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", ""),
+        ("result.json", '{"seconds": {"train": 1}, "peak_bytes": 2}'),
+        ("eval/uber/metrics.json", None),
+        ("eval/validation/metrics.json", '{"metrics": {"ndcg@10": "high"}}'),
+    ],
+)
+def test_a_damaged_file_of_a_finished_cell_is_named_and_replaced(name, content, capsys):
+    """What is not damaged stays: training, the other reports, and the other cells."""
+    words = COMMAND.split()
+    at = words.index("--axis")
+    command = [*words[:at], "--seeds", "0", "--out", "out"]
+    assert main(command) == 0
+    grid = Grid.load("out")
+    (untrained, trained), before = grid.cells, results(grid)
+    path = grid.folder(trained) / name
+    path.unlink() if content is None else path.write_text(content)
+    kept = [*grid.out.glob("runs/**/*.*"), *(grid.folder(trained) / "eval" / "scifact").iterdir()]
+    kept = {each: each.stat().st_ino for each in kept if each.suffix != ".lock"}
+    assert len(kept) > 10
+    capsys.readouterr()
+    assert main([*command, "--dry-run"]) == 0
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["finished", "to"]
+    assert names(output.err.splitlines()[0], path)
+    assert main(command) == 0
+    assert sum(str(path) in line for line in capsys.readouterr().err.splitlines()) == 1
+    assert results(Grid.load("out")) == before
+    assert [starts().count(cell.key) for cell in (untrained, trained)] == [1, 2]
+    assert {each: each.stat().st_ino for each in kept} == kept
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"version": 1, "base": {}}'])
+def test_a_damaged_grid_is_named_and_written_again_once_it_is_removed(content, capsys):
+    words = COMMAND.split()
+    command = [*words[: words.index("--axis")], "--seeds", "0", "--out", "out"]
+    assert main(command) == 0
+    begun, path = starts(), Path("out/grid.json")
+    path.write_text(content)
+    capsys.readouterr()
+    for words in (command, ["report", "out"]):
+        assert main(words) == 2
+        assert names(capsys.readouterr().err, path)
+    path.unlink()
+    assert main(["report", "out"]) == 2
+    assert main(command) == 0
+    assert main(["report", "out"]) == 0
+    assert starts() == begun
+
+
 def test_lora_trains_few_weights():
     grid = make_grid(lora={"rank": 2})
     assert run_grid(grid, on_row=list) == {}
@@ -378,8 +430,10 @@ def test_the_expected_time_is_the_mean_of_what_was_measured():
     assert expected_seconds(grid, grid.cells) is None
     measured = ((untrained[0], 0, 5), (trained[0], 10, 1), (trained[1], 30, 3))
     for cell, train_seconds, evaluate_seconds in measured:
-        result = {"seconds": {"train": train_seconds, "evaluate": evaluate_seconds}}
+        result = {"seconds": {"train": train_seconds, "evaluate": evaluate_seconds}, "peak_bytes": 0}
         (grid.folder(cell) / "result.json").write_text(json.dumps(result))
+        for test in grid.tests:
+            write_json(grid.folder(cell) / "eval" / test / "metrics.json", {"metrics": {}})
         if cell.run:
             (grid.out / "runs" / cell.run).mkdir(parents=True)
             (grid.out / "runs" / cell.run / "DONE").touch()

@@ -29,13 +29,14 @@ from ..retrieval.evaluate import evaluate, evaluate_run
 from ..retrieval.fusion import fuse
 from ..retrieval.pca import fit_pca
 from ..retrieval.report import Report
-from ..retrieval.suite import Suite, report_files
+from ..retrieval.suite import Suite, load_reports
 from ..retrieval.windows import matching_windows
 from ..training.configs import AdapterConfig, FinetuneConfig
 from ..training.parts import choose_parts
 from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
 from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, code_sha256
+from .results import read_windows
 from .settings import Evaluation, settings_of
 
 Datasets = RetrievalDataset | Mapping[str, RetrievalDataset]  # or {name: dataset} for several
@@ -86,7 +87,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         embedder.attach(fit_pca(embedder, join_datasets(dataset), how.pca, passages=how.passages))
     for name, questions in sets.items():
         place = folder / EVAL / name.removeprefix("test ")
-        if not report_files(place):
+        if not _is_saved(place):
             if how.passages is not None and name != VALIDATION:
                 write_jsonl(place / WINDOWS, matching_windows(embedder, questions, how.passages, dim=how.dim))
             _evaluate(embedder, questions, how, grid["select"]).save(place)
@@ -120,6 +121,16 @@ def _fit(embedder: Embedder, config: AdapterConfig, options: Options, dataset: D
     write_json(run.with_suffix(".json"), sum(x.numel() for x in adapter.parameters()))
     append_jsonl(run / TRAIN_LOG, {"seconds": time.perf_counter() - start})
     (run / DONE).touch()
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether the reports in a folder are whole; what a killed process left, or a damaged file, is not."""
+    try:
+        load_reports(folder)
+        read_windows(folder)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _evaluate(embedder: Embedder, dataset: Datasets, how: Evaluation, select: str) -> Report | Suite:

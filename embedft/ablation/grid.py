@@ -12,6 +12,7 @@ cells/<key>/       cell.json, eval/<test>/, eval/validation/, result.json (last)
                    eval/<test>/windows.jsonl where documents are searched in windows
 runs/<run key>/    finetune's run folder, shared by the cells that differ in evaluation only
 store/             vectors of frozen models, shared by all cells
+report/            what `embedft report` wrote
 """
 
 import contextlib
@@ -26,12 +27,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..files import read_object, write_json
+from ..files import check_object, read_object, write_json
 
 VERSION = 1
 GRID, CELLS, RUNS, STORE = "grid.json", "cells", "runs", "store"
+REPORT = "report"  # the folder of `embedft report`
 WINDOWS = "windows.jsonl"  # in a report's folder: where in its document each question's best window is
 CELL, EVAL, RESULT, FAILED, LOG, VALIDATION = "cell.json", "eval", "result.json", "failed.json", "log.txt", "validation"
+MEANS, SUITE = "metrics.json", "suite.json"  # in the folder of a report, or of reports on several datasets
 AVERAGE = "average"  # over the tests, in place of a test's name
 Point = dict[str, Any]  # {dotted key: value}
 
@@ -75,8 +78,22 @@ class Grid:
         return self.out / CELLS / cell.key
 
     def is_done(self, cell: Cell) -> bool:
-        """Whether a cell is finished."""
-        return (self.folder(cell) / RESULT).exists()
+        """Whether a cell is finished, and what its table needs can be read."""
+        return (self.folder(cell) / RESULT).exists() and self.damage(cell) is None
+
+    def damage(self, cell: Cell) -> str | None:
+        """What is wrong with the result of a finished cell, or with the means of its reports; None for others."""
+        folder = self.folder(cell)
+        try:
+            if (folder / RESULT).exists():
+                read_result(folder)
+                for path in [folder / EVAL / name / MEANS for name in self.tests]:
+                    read_means(path)
+                for path in (folder / EVAL / VALIDATION).glob("**/*.json"):  # a suite's, too
+                    read_means(path)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
 
     @classmethod
     def load(cls, out: str | Path, *, damaged: dict[str, str] | None = None) -> "Grid":
@@ -104,8 +121,9 @@ class Grid:
     def check_extends(self) -> None:
         """Raises `ValueError` unless the folder is empty, or has a grid that this one has all points and seeds of."""
         if not (self.out / GRID).is_file():
-            # Cells without a grid: a process was killed while it saved the first one.
-            if self.out.is_dir() and (others := {path.name for path in self.out.iterdir()} - {CELLS, ".lock"}):
+            # Cells without a grid: a process was killed while it saved the first one, or a damaged one was removed.
+            there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+            if others := there - ({CELLS, RUNS, STORE, REPORT, ".lock"} if CELLS in there else {".lock"}):
                 raise ValueError(f"{self.out}: has files but no grid ({min(others)}); choose another folder")
             return
         before = _read(self.out)
@@ -129,14 +147,38 @@ def _read(out: Path) -> dict[str, Any]:
     path = out / GRID
     if not path.is_file():
         raise ValueError(f"{out}: has no {GRID}; expected the folder of an ablation")
-    found = read_object(path)
+    again = f"remove {path}, and the same `embedft ablate` writes it again"
+    try:
+        found = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {again}") from None
     version = found.pop("version", None)
     if version != VERSION:
         raise ValueError(f"{path}: version is {version!r}, expected {VERSION}; choose another folder for a new grid")
     wanted = {each.name for each in fields(Grid)} - {"out"}
     if wrong := sorted(wanted ^ found.keys()):
-        raise ValueError(f"{path}: damaged grid: {wrong[0]} is {'missing' if wrong[0] in wanted else 'unknown'}")
+        kind = "missing" if wrong[0] in wanted else "unknown"
+        raise ValueError(f"{path}: damaged grid: {wrong[0]} is {kind}; {again}")
     return found
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What result.json in a cell's folder says. Raises `ValueError` if it is damaged."""
+    found = read_object(path := folder / RESULT)
+    seconds = check_object(found.get("seconds"), f"{path}: damaged: seconds")
+    numbers = {name: seconds.get(name) for name in ("train", "evaluate")} | {"peak_bytes": found.get("peak_bytes")}
+    for name, number in numbers.items():
+        if not isinstance(number, int | float):
+            raise ValueError(f"{path}: damaged: {name} is {number!r}, expected a number")
+    return found
+
+
+def read_means(path: Path) -> dict[str, float]:
+    """The means in a report's metrics.json or a suite's suite.json. Raises `ValueError` if it is damaged."""
+    means = check_object(read_object(path).get("metrics"), f"{path}: damaged: metrics")
+    if wrong := [name for name, mean in means.items() if not isinstance(mean, int | float)]:
+        raise ValueError(f"{path}: damaged: {wrong[0]} is {means[wrong[0]]!r}, expected a number")
+    return means
 
 
 def _write_changed(path: Path, value: Any) -> None:

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
-from ..files import read_jsonl
 from ..retrieval.report import Report, paired_values
 from ..retrieval.significance import ROUNDING
 from .effects import Effect, choose
-from .grid import AVERAGE, EVAL, WINDOWS, Grid
-from .results import FinishedCell, Results
+from .grid import AVERAGE, Grid
+from .results import Results
 from .tables import NOTES, introduction, shown, table_rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -113,7 +112,7 @@ def changed_questions(
             before_Q, after_Q = (paired_values(before[0], side, metric).mean(axis=0) for side in (before, after))
         change_Q = np.abs(after_Q - before_Q)
         order = [int(q) for q in np.argsort(-change_Q, kind="stable")[:limit] if change_Q[q] > ROUNDING]
-        windows, entries = _windows(results, own[seeds[0]], test), []
+        windows, entries = own[seeds[0]].windows[test], []
         rows = [{query_id: row for row, query_id in enumerate(report.query_ids)} for report in (*before, *after)]
         for q in order:
             query_id = before[0].query_ids[q]
@@ -138,12 +137,6 @@ def _rank(report: Report, row: int, relevant: set[str]) -> int | None:
     ids = report.run.document_ids
     found = [i >= 0 and ids[i] in relevant for i in report.run.indices[row]]
     return found.index(True) + 1 if True in found else None
-
-
-def _windows(results: Results, cell: FinishedCell, test: str) -> dict[str, dict[str, Any]]:
-    """{question id: document_id, start and end of its best window}, where the cell recorded them."""
-    path = results.grid.folder(cell.cell) / EVAL / test / WINDOWS
-    return {line["query_id"]: line for _, line in read_jsonl(path)} if path.is_file() else {}
 
 
 def _passage(dataset: RetrievalDataset | None, query_id: str, window: dict[str, Any] | None) -> tuple[str, str, bool]:

@@ -9,10 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_object
+from ..files import read_jsonl, read_object
 from ..retrieval.report import Report
 from ..retrieval.suite import Suite, load_reports
-from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, counted, describe, value_at
+from .grid import (
+    CELLS,
+    EVAL,
+    FAILED,
+    LOG,
+    RESULT,
+    VALIDATION,
+    WINDOWS,
+    Cell,
+    Grid,
+    Point,
+    as_text,
+    counted,
+    describe,
+    read_result,
+    value_at,
+)
+
+WINDOW = {"query_id": str, "document_id": str, "start": int, "end": int}  # a line of windows.jsonl
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +39,7 @@ class FinishedCell:
 
     cell: Cell
     reports: dict[str, Report | Suite]  # of each test, and of "validation" where there is one: a suite of several
+    windows: dict[str, dict[str, dict[str, Any]]]  # of each of these: {question id: its best window}
     train_seconds: float
     peak_bytes: int
     best_step: int | None = None  # whose weights training kept; 0: the base's; None: without validation or training
@@ -46,8 +65,10 @@ class Results:
         for cell in grid.cells:
             try:
                 finished.append(_read(cell, grid.folder(cell), wanted))
-            except ValueError as error:
-                missing.append(f"{name_of(cell)}: {error}")
+            except (OSError, ValueError) as error:
+                result = grid.folder(cell) / RESULT
+                again = f"; remove {result}, and `embedft ablate` replaces what is damaged" if result.exists() else ""
+                missing.append(f"{name_of(cell)}: {error}{again}")
         if all(one.cell.seed is None for one in finished):
             raise ValueError(f"{out}: no trained cell is finished; {missing[0] if missing else 'the grid has none'}")
         keys = {cell.key for cell in grid.cells} | damaged.keys()
@@ -89,11 +110,19 @@ def _read(cell: Cell, folder: Path, tests: Sequence[str]) -> FinishedCell:
         if not (folder / FAILED).is_file():
             raise ValueError("not finished")
         raise ValueError(f"failed: {read_object(folder / FAILED).get('error')} ({folder / LOG})")
-    found = read_object(folder / RESULT)
-    seconds = found.get("seconds")
-    numbers: list[Any] = [seconds.get("train") if isinstance(seconds, dict) else None, found.get("peak_bytes")]
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"damaged: {folder / RESULT} has no seconds of training or no peak_bytes")
+    found = read_result(folder)
     names = [*tests, *([VALIDATION] if (folder / EVAL / VALIDATION).is_dir() else [])]
     reports = {name: load_reports(folder / EVAL / name) for name in names}
-    return FinishedCell(cell, reports, *numbers, found.get("best_step"))
+    windows = {name: read_windows(folder / EVAL / name) for name in names}
+    return FinishedCell(cell, reports, windows, found["seconds"]["train"], found["peak_bytes"], found.get("best_step"))
+
+
+def read_windows(folder: Path) -> dict[str, dict[str, Any]]:
+    """{question id: document_id, start and end of its best window}, where a report's folder has them."""
+    path, found = folder / WINDOWS, {}
+    for number, line in read_jsonl(path) if path.is_file() else ():
+        values = [line.get(name) for name in WINDOW] if isinstance(line, dict) else []
+        if list(map(type, values)) != list(WINDOW.values()):
+            raise ValueError(f"{path} line {number}: damaged: expected {', '.join(WINDOW)}")
+        found[line["query_id"]] = line
+    return found

@@ -17,11 +17,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..commands.options import named_sources
-from ..files import locked, read_json, read_object, write_json
+from ..files import locked, read_object, write_json
 from ..progress import progress_bar
-from ..retrieval.suite import report_files
 from ..training.run_folder import DONE
-from .grid import EVAL, FAILED, LOG, RESULT, RUNS, VALIDATION, Cell, Grid
+from .grid import EVAL, FAILED, LOG, MEANS, RUNS, SUITE, VALIDATION, Cell, Grid, read_means, read_result
 
 POLL_SECONDS = 0.1
 
@@ -59,7 +58,7 @@ def expected_seconds(grid: Grid, cells: Sequence[Cell]) -> float | None:
     training: dict[str, float] = {}
     evaluating: dict[bool, list[float]] = {True: [], False: []}
     for cell in filter(grid.is_done, grid.cells):
-        seconds = read_object(grid.folder(cell) / RESULT)["seconds"]
+        seconds = read_result(grid.folder(cell))["seconds"]
         evaluating[cell.run is None].append(seconds["evaluate"])
         if cell.run:
             training[cell.run] = seconds["train"]
@@ -209,11 +208,11 @@ class _Runner:
         if not self.grid.is_done(cell):
             return self.on_row(f"{label}  failed: {self.failed[str(folder)]}")
         columns = "  ".join(map(self._mean, [folder / EVAL / name for name in self.names], self.widths))
-        seconds = sum(read_object(folder / RESULT)["seconds"].values())
+        seconds = sum(read_result(folder)["seconds"].values())
         return self.on_row(f"{label}  {columns}  {seconds:>8.1f}")
 
     def _mean(self, report: Path, width: int) -> str:
-        files = report_files(report)  # a point may have no validation
-        metrics = read_json(files[-1])["metrics"] if files else {}
+        files = [report / name for name in (SUITE, MEANS) if (report / name).exists()]  # a point may have no validation
+        metrics = read_means(files[0]) if files else {}
         value = metrics.get(self.grid.select, metrics.get(self.grid.metric))
         return ("" if value is None else f"{value:.4f}").rjust(width)

@@ -112,6 +112,9 @@ def run_plan(base: dict[str, Any], out: str, how: dict[str, Any], options: Run, 
     grid = plan(base, out, **how)
     grid.check_extends()
     cells = runner.shard_of(grid.cells, *options.share)
+    for cell in cells:
+        if damage := grid.damage(cell):
+            print(f"{damage}; its cell is to do: what is damaged is replaced, what is not stays", file=sys.stderr)
     print(_summary(grid, cells, len(devices) * options.workers), file=sys.stderr)
     if options.dry_run:
         for cell in cells:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import config
 from ..ablation.effects import measure_effects
+from ..ablation.grid import REPORT
 from ..ablation.page import format_page
 from ..ablation.results import Results
 from ..ablation.tables import format_report
@@ -15,7 +16,6 @@ from ..config import REQUIRED, option
 from ..files import replace_files
 from ..retrieval.tables import Style
 
-REPORT = "report"  # the folder in that of the ablation
 FILES = {"report.md": "markdown", "report.csv": "csv", "report.tex": "latex"}
 
 
