@@ -228,6 +228,10 @@ def test_sort_filter_and_choose_by_keyboard(text, tmp_path):
       choose('metric', 'hit_rate@1');
       told.hits = column(4);
       choose('test', 'uber');
+      told.said = [$('said').textContent];
+      choose('point', '2'); choose('metric', 'mrr@10');
+      told.said.push($('said').textContent);
+      choose('point', '1'); choose('metric', 'hit_rate@1');
       told.changedHits = all('#questions .ranks:nth-child(2)', e => e.textContent);
       choose('test', 'facts');
       told.address = location.hash;
@@ -249,6 +253,9 @@ def test_sort_filter_and_choose_by_keyboard(text, tmp_path):
     assert told["worse"] == 0
     assert told["facts"] == [["0.5833", "0.8333", "0.7500"], 1]
     assert told["hits"] == ["0.1667", "0.6667", "0.5000"]
+    assert all(
+        text in said for text, said in zip(("2 questions of uber", "1 question of uber"), told["said"], strict=True)
+    )
     assert told["changedHits"] == [
         "hit_rate@1 0.0000 → 1.0000 (+1.0000), rank 2, 2 → 1, 1",
         "hit_rate@1 0.0000 → 0.5000 (+0.5000), rank 2, 2 → 1, 2",
@@ -323,4 +330,8 @@ def test_hostile_views_and_small_grids(text, tmp_path):
     assert told == ["0 (base)", "1 (chosen)", "2"]
     write_grid(tmp_path / "one", {"uber": {(0, 0): [1, 2]}}, points=[{"lr": 1}])
     one = format_page(*load(tmp_path / "one"))
-    assert in_browser(one, tmp_path / "browser", "return [column(1), $('said').textContent];")[0] == ["0 (base)"]
+    script = "return [column(1), document.querySelector('caption').textContent];"
+    assert in_browser(one, tmp_path / "browser", script) == [
+        ["0 (base)"],
+        "2 questions in 2 clusters. 1 of 1 point. Choose one to see its questions.",
+    ]

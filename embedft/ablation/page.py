@@ -53,7 +53,7 @@ def page_data(results: Results, effects: Sequence[Effect]) -> dict[str, Any]:
                 dataset = None
                 unreadable.append(f"Questions of {test} are shown by id alone: {error}")
             changed[test] = changed_questions(results, test, metrics, dataset, limit)
-    bound = f"At most {limit} questions for each point, test set and metric, those that changed most"
+    bound = f"Of each point, test set and metric, those that changed most are here, at most {limit}"
     return {
         "title": f"Ablation of {grid.base.get('model', 'a model')}",
         "introduction": introduction(results, effects),

@@ -20,7 +20,7 @@ from ..commands.options import named_sources
 from ..files import locked, read_object, write_json
 from ..progress import progress_bar
 from ..training.run_folder import DONE
-from .grid import EVAL, FAILED, LOG, MEANS, RUNS, SUITE, VALIDATION, Cell, Grid, read_means, read_result
+from .grid import EVAL, FAILED, LOG, MEANS, RUNS, SUITE, VALIDATION, Cell, Grid, counted, read_means, read_result
 
 POLL_SECONDS = 0.1
 
@@ -123,7 +123,8 @@ class _Runner:
                     bar.update()
                 if waiting and not self.running and not told:
                     told = True
-                    print(f"{self.grid.out}: waiting for {len(waiting)} cells that another runner has", file=sys.stderr)
+                    held = counted(len(waiting), "cell")
+                    print(f"{self.grid.out}: waiting for {held} that another runner has", file=sys.stderr)
                 time.sleep(POLL_SECONDS)
         finally:
             self._stop()
