@@ -17,24 +17,23 @@ from .encoding import Passages, encode_documents, join_slices
 
 def fit_pca(embedder: Embedder, dataset: RetrievalDataset, dim: int, *, passages: Passages = None) -> Adapter:
     """The map of queries and documents onto the first `dim` principal components of the vectors of a dataset's
-    documents, or of their windows: x -> V^T (x - mean), scaled to unit length if the model's vectors are.
+    documents, or of their windows: x -> V^T x, scaled to unit length if the model's vectors are.
 
     V [W, D] are the eigenvectors of the vectors' covariance with the largest eigenvalues, computed in float64; the
-    largest entry of each is positive. Raises `ValueError` as `check_pca` does.
+    largest entry of each is positive. The mean is not subtracted from what is mapped, as in the source: subtracting it
+    found less (experiments/LOG.md). Raises `ValueError` as `check_pca` does.
 
-    Source: Jolliffe 2002, section 1.1."""
+    Source: sentence-transformers, examples/training/distillation/dimensionality_reduction.py."""
     check_pca(embedder, dataset, dim)
     vectors_NW, _ = join_slices(list(encode_documents(embedder, dataset.texts, passages, None, {})))
-    mean_W = vectors_NW.mean(axis=0, dtype=np.float64)
-    centered_NW = vectors_NW - mean_W
+    centered_NW = vectors_NW - vectors_NW.mean(axis=0, dtype=np.float64)
     _, eigenvectors_WW = np.linalg.eigh(centered_NW.T @ centered_NW)  # eigenvalues ascending
     components_DW = eigenvectors_WW.T[::-1][:dim]
     largest_D = np.take_along_axis(components_DW, np.abs(components_DW).argmax(axis=1)[:, None], axis=1)
     components_DW = components_DW * np.sign(largest_D)
-    part = LinearMap(len(mean_W), dim)
+    part = LinearMap(embedder.full_dim, dim, bias=False)
     with torch.no_grad():
         part.weight.copy_(torch.from_numpy(components_DW))
-        part.bias.copy_(torch.from_numpy(-components_DW @ mean_W))
     adapter = Adapter(part, part, base=embedder.base(), normalize=embedder.normalize)
     adapter.name = f"pca-{dim}"
     return adapter
