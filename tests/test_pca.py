@@ -32,7 +32,7 @@ def documents(number):
 
 
 def test_the_first_component_by_hand():
-    """Three points on a line with slope 1: the component is (1, 1) / sqrt(2). They keep their distance from the origin."""
+    """Three points on a line with slope 1: the component is (1, 1) / sqrt(2), and the mean is not subtracted."""
     embedder = Vectors([[0, 1], [1, 2], [2, 3]])
     adapter = fit_pca(embedder, documents(3), 1)
     found = adapter.transform(embedder.rows, "document")
