@@ -55,7 +55,8 @@ NOTES = (
     "is that of the tests' means.",
     "Changes from the untrained model are in percent of its mean, so that -1.0% on a test set of another domain is "
     "what training made the model forget.",
-    "Seconds are of training, means over seeds; memory is the largest peak of a process.",
+    "Seconds are of training, means over seeds (of an adapter: without its vectors, which cells share); memory is the "
+    "largest peak of a process.",
 )
 
 
