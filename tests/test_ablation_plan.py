@@ -90,6 +90,8 @@ def test_windows_of_training_are_those_of_evaluation_unless_said_otherwise():
     assert {str(cell.config["evaluate"]["passages"]) for cell in grid.cells} == {"[8, 4]"}
     grid = planned(passages=[8, 4], axes={"evaluate.passages": [None, [8, 4]]})
     assert [point["evaluate.passages"] for point in grid.points] == [[8, 4], None]
+    grid = planned(passages=[8, 4], axes={"evaluate.passages": [[8, 4], [8, 4, 6, 2]]})
+    assert [point["evaluate.passages"] for point in grid.points] == [[8, 4], [8, 4, 6, 2]]
 
 
 def test_questions_and_bare_texts_are_loaded_as_each_point_says(tmp_path):
@@ -205,6 +207,8 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"examples": ["scored"]}}, ("examples=scored", "scored")),
         ({"axes": {"passages": [[8, 4], [99, 4]]}}, ("passages=[99, 4]", 99)),
         ({"axes": {"evaluate.passages": [[99, 4]]}}, ("evaluate.passages=[99, 4]", 99)),
+        ({"axes": {"evaluate.passages": [[8, 4, 99, 4]]}}, ("evaluate.passages=[8, 4, 99, 4]", 99)),
+        ({"axes": {"passages": [[8, 4, 6, 2]]}}, ("passages=[8, 4, 6, 2]", [8, 4, 6, 2], "training")),
         ({"max_length": 24, "axes": {"evaluate.passages": [[32, 4]]}}, ("evaluate.passages=[32, 4]", 32, 24)),
         ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
         ({"axes": {"evaluate.pca": [8]}}, ("evaluate.pca=8", "pca", 8, 7, "8 documents")),

@@ -171,6 +171,7 @@ def test_hard_negatives_of_the_data_train(place, capsys):
         (["--start", "model"], ("model", "adapter.json")),
         (["--validation", "missing.json"], ("missing.json", "file", "folder")),
         (["--passages", "6", "8"], ("passages", 8, 1, 6)),
+        (["--passages", "6", "2", "4", "2"], ("passages", [6, 2, 4, 2], "(size, stride)")),
         (["--passages", "600", "8"], ("passages", 600, 3, 48)),
         (["--held-out", "0.99"], ("--held-out", 0.99, 30)),
     ],

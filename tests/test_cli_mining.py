@@ -98,11 +98,12 @@ def test_options_reach_the_search(place, capsys):
     found = set()
     for more in (
         [*RANKS], [*RANKS, "--seed", "1"], [*RANKS, "--sampling", "top"], [*RANKS, "--dim", "4"],
-        [*RANKS, "--passages", "5", "2"], ["--ranks", "1", "5"], [*RANKS, "--max-score", "0.9"],
+        [*RANKS, "--passages", "5", "2"], [*RANKS, "--passages", "5", "2", "6", "1"],
+        ["--ranks", "1", "5"], [*RANKS, "--max-score", "0.9"],
     ):  # fmt: skip
         assert main([*base, *more]) == 0
         found.add((place / "m.jsonl").read_text())
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_what_jsonl_cannot_hold(place, capsys):

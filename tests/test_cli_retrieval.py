@@ -174,6 +174,31 @@ def test_evaluate_in_windows(place, capsys):
     check_error(capsys, "evaluate model pairs.json --passages 6 8", "passages", 8, 1, 6)
 
 
+def test_windows_of_several_sizes(place, capsys):
+    """One --passages is one setting; several are a grid, in folders named after their windows."""
+    embedder, dataset = make_embedder(place / "model"), make_dataset()
+    report = evaluate(embedder, dataset, passages=(6, 2, 4, 1))
+    out = run(capsys, "evaluate model pairs.json --passages 6 2 4 1 --no-bm25 --out eval")
+    assert out == f"model + windows 6/2+4/1: {report}\n"
+    assert Report.load("eval").metrics == report.metrics
+    assert report.metrics not in [evaluate(embedder, dataset, passages=pair).metrics for pair in ((6, 2), (4, 1))]
+    grid = "evaluate model pairs.json --passages 6 2 4 1 --passages 6 2 --whole --no-bm25 --overwrite --out eval"
+    assert "6/2+4/1" in run(capsys, grid)
+    windows = ("", "6-2-", "6-2+4-1-")
+    assert {path.name for path in (place / "eval").iterdir()} == {f"{name}dim32-float32-flat" for name in windows}
+    assert Report.load("eval/6-2+4-1-dim32-float32-flat").metrics == report.metrics
+    run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
+    assert {path.name for path in (place / "eval").iterdir()} == {"metrics.json", "per_query.jsonl", "run.trec"}
+    for words, *facts in (
+        ("6 2 4", "--passages", (6, 2, 4), 3),
+        ("6 2 6 1", "--passages", (6, 2, 6, 1), 6, "twice"),
+        ("6 2 49 1", "passages", 49, 48),
+        ("6 2 0 1", "passages", 0, 48),
+        ("6 2 4 5", "passages", 5, 4),
+    ):
+        check_error(capsys, f"evaluate model pairs.json --passages {words}", *facts)
+
+
 @pytest.mark.parametrize("option", ["--precisions int8", "--indices hnsw", "--dims 8", "--precisions int8 int8"])
 def test_one_setting_is_no_grid(place, capsys, option):
     name, value = option.split()[:2]

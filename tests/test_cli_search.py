@@ -163,6 +163,10 @@ def test_the_best_window_is_shown(place, capsys):
     assert "     q" in out.splitlines()
     assert run(capsys, "long.jsonl", "x y", "--passages", "4", "2").splitlines()[1] == "     x y ..."
     assert run(capsys, "long.jsonl", "n o", "--passages", "4", "1", "--dim", "32").splitlines()[1] == "     ... n o"
+    # Of two sizes, a window of the first, whose score of 1 is half of the document's.
+    several = run(capsys, "long.jsonl", "k m", "--passages", "4", "1", "5", "2")
+    assert several.splitlines()[1] == "     ... k m ..."
+    assert 0.5 < float(several.split()[1]) < 1
 
 
 @pytest.mark.parametrize("prompt", ["", "d "])
@@ -297,6 +301,7 @@ def test_questions_typed_at_a_terminal_can_be_edited(place, tmp_path):
         (["chunks", QUESTION, "--depth", "0"], ("depth", 0, 1)),
         (["chunks", QUESTION, "--dim", "33"], ("dim", 33, 1, 32)),
         (["chunks", QUESTION, "--passages", "6", "8"], ("passages", 8, 1, 6)),
+        (["chunks", QUESTION, "--passages", "6", "2", "9"], ("--passages", [6, 2, 9], 3)),
         (["chunks", QUESTION, "--adapter", "none"], ("none", "adapter.json")),
     ],
 )

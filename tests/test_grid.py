@@ -14,7 +14,7 @@ from tiny import make_dataset, make_embedder
 from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
 from embedft.retrieval import search as search_module
 from embedft.retrieval.index import search_exact
-from embedft.retrieval.quantization import calibrate, from_int8, to_int8
+from embedft.retrieval.quantization import QuantizedIndex, calibrate, from_int8, to_int8
 from embedft.retrieval.report import Report
 from embedft.retrieval.search import Setting, check_settings
 from embedft.vectors import unit_rows
@@ -159,6 +159,62 @@ def test_windows_by_hand():
     assert embedder.calls == [("query", 1), ("document", 3), ("document windows (6, 3)", 3)]
 
 
+class Sizes(TableEmbedder):
+    """Windows of 6 are all of a document's vectors, those of 4 all but the last, if it has several."""
+
+    def encode_passages(self, texts, passages, *, role, dim):
+        vectors, source = super().encode_passages(texts, passages, role=role, dim=dim)
+        kept = np.append(source[1:] == source[:-1], False) | (np.bincount(source)[source] == 1)
+        return (vectors[kept], source[kept]) if passages[0] == 4 else (vectors, source)
+
+
+def test_two_sizes_by_hand():
+    """Query (1, 0): a (3 + 3) / 2; b (7 + 1) / 2; c (5 + 5) / 2. One dimension of (2, 9): a 3, b 4, c 5."""
+    documents, queries = {"a": [[3, 9]], "b": [[1, 0], [7, 0]], "c": [[5, 1], [4, 0]]}, {"q": [1, 0]}
+    embedder, dataset = Sizes({**documents, **queries}, "dot"), dataset_of(documents, queries)
+    for slice_documents in (None, 2, 1):
+        options = {"dims": (1,), "passages": [(6, 3), (6, 3, 4, 2)], "slice_documents": slice_documents}
+        one, two = evaluate_grid(embedder, dataset, **options)
+        assert one.run.to_dict() == {"q": {"b": 7.0, "c": 5.0, "a": 3.0}}
+        assert two.run.to_dict() == {"q": {"c": 5.0, "b": 4.0, "a": 3.0}}
+        assert (one.setting["passages"], two.setting["passages"]) == ([6, 3], [6, 3, 4, 2])
+        assert two.costs["windows_per_document"] == pytest.approx((5 + 3) / 3)
+    assert embedder.calls[:4] == [
+        ("query", 1),
+        *((f"document windows {passages}", 3) for passages in ((6, 3), (6, 3), (4, 2))),
+    ]
+
+
+@pytest.mark.parametrize(("precision", "index"), list(itertools.product(*EVERY.values())))
+def test_two_sizes_however_they_are_stored(precision, index):
+    """Against the mean of what each size gives alone, of the same decoded vectors: every score must be the exact mean
+    over all of a document's windows, and exact searches find the first documents by it."""
+    _, dataset = (made := random_data(80, most_windows=4))
+    embedder = Sizes(made[0].table, "cosine")
+    texts = sorted(dataset.corpus)
+    parts = [embedder.encode_passages(texts, passages, role="document", dim=None) for passages in ((6, 3), (4, 2))]
+    vectors = np.concatenate([vectors for vectors, _ in parts]).astype(np.float32)
+    numbers = np.concatenate([2 * source + size for size, (_, source) in enumerate(parts)])
+    order = np.argsort(numbers, kind="stable")
+    vectors, numbers = vectors[order], numbers[order]
+    if precision != "float32":
+        vectors = QuantizedIndex(vectors, precision).decode()
+    queries = embedder.encode(list(dataset.queries), role="query", dim=None).astype(np.float32)
+    scores = np.stack([(queries @ vectors[numbers == number].T).max(axis=1) for number in range(160)], axis=1)
+    scores = scores.reshape(20, 80, 2).mean(axis=2)
+    options = {"precision": precision, "index": index, "passages": (6, 3, 4, 2)}
+    for slice_documents in (None, 7):
+        run = evaluate(embedder, dataset, depth=10, slice_documents=slice_documents, **options).run
+        assert run.document_ids == texts
+        np.testing.assert_allclose(run.scores, np.take_along_axis(scores, run.indices, axis=1), atol=1e-6)
+        if index == "flat" and precision != "binary":
+            np.testing.assert_allclose(run.scores, -np.sort(-scores, axis=1)[:, :10], atol=1e-6)
+        found = Searcher(embedder, dataset, depth=10, slice_documents=slice_documents, **options).search(
+            dataset.queries
+        )
+        np.testing.assert_array_equal(found.indices, run.indices)
+
+
 def test_windows_by_numbers_of_numpy(tmp_path):
     embedder, dataset = by_hand({"a": [[3, 9]], "b": [[1, 0], [7, 0]]}, {"q": [1, 0]})
     expected = evaluate(embedder, dataset, passages=(6, 3))
@@ -272,9 +328,9 @@ def test_a_report_can_be_saved(tmp_path):
 
 def test_a_pair_of_numbers_is_one_passages_setting():
     embedder, dataset = random_data(most_windows=2)
-    for passages in ((6, 3), [6, 3], [(6, 3)]):
+    for passages in ((6, 3), [6, 3], [(6, 3)], (6, 3, 4, 2), [(6, 3, 4, 2)]):
         (report,) = evaluate_grid(embedder, dataset, passages=passages)
-        assert report.setting["passages"] == [6, 3]
+        assert report.setting["passages"] == list(np.ravel(passages))
     (report,) = evaluate_grid(embedder, dataset, passages=None)
     assert report.setting["passages"] is None
 
@@ -427,7 +483,7 @@ def test_search_orders_ties_by_id_and_takes_any_questions():
     assert embedder.calls == [("query", 2), ("query", 1)]
 
 
-@pytest.mark.parametrize("passages", [None, (6, 3)])
+@pytest.mark.parametrize("passages", [None, (6, 3), (6, 3, 4, 2)])
 @pytest.mark.parametrize(
     ("precision", "index"), [*itertools.product(*EVERY.values()), ("float32", "adaptive-8"), ("float32", "SQ8")]
 )

@@ -275,7 +275,7 @@ def test_all_candidates_where_there_are_no_more():
 
 def test_ranks_are_those_of_search(tmp_path):
     embedder, dataset = make_embedder(tmp_path / "base"), make_dataset(12, 30)
-    for options in ({}, {"passages": (6, 4)}, {"dim": 8}):
+    for options in ({}, {"passages": (6, 4)}, {"passages": (6, 4, 5, 1)}, {"dim": 8}):
         found = mine(embedder, dataset, ranks=(3, 9), num_negatives=7, sampling="top", **options).negatives
         run = search(embedder, dataset, dataset.queries, depth=9, **options).to_dict()
         for query_id, ranking in run.items():
@@ -283,17 +283,23 @@ def test_ranks_are_those_of_search(tmp_path):
 
 
 @pytest.mark.parametrize("at_once", [7, 1000])
-def test_passages_in_margins_too(tmp_path, at_once):
+@pytest.mark.parametrize("passages", [(5, 2), (5, 2, 6, 4)])
+def test_passages_in_margins_too(tmp_path, at_once, passages):
     """The windows of the answer count like those of any document; checked one document at a time."""
     embedder, dataset = make_embedder(tmp_path / "base"), make_dataset(12, 30)
     queries = embedder.encode(list(dataset.queries.values()), role="query")
     score = {}
     for document_id, text in dataset.corpus.items():
-        windows, _ = embedder.encode_passages([text], (5, 2))
-        score[document_id] = (queries @ windows.T).max(axis=1)
+        score[document_id] = np.mean(
+            [
+                (queries @ embedder.encode_passages([text], pair)[0].T).max(axis=1)
+                for pair in zip(passages[::2], passages[1::2], strict=True)
+            ],
+            axis=0,
+        )
     options = {"ranks": (1, 30), "num_negatives": 30, "sampling": "top", "absolute_margin": 0.02}
     options["slice_documents"] = at_once
-    found = mine(embedder, dataset, passages=(5, 2), **options).negatives
+    found = mine(embedder, dataset, passages=passages, **options).negatives
     for row, (query_id, grades) in enumerate(dataset.qrels.items()):
         limit = score[next(iter(grades))][row] - 0.02
         expected = [d for d in score if score[d][row] <= limit]

@@ -13,6 +13,7 @@ from embedft.encoders.packing import concatenate, pack, take
 from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex, Found, search_exact
 from embedft.retrieval.passages import WindowIndex
+from embedft.retrieval.search import Searcher
 
 LONG = "a b c d e f g h i j"  # ten tokens, a word each
 TEXTS = ["the fee", LONG, "", "k l m n", "query " * 40, "o p q r s"]
@@ -241,14 +242,16 @@ def test_a_text_of_digits_is_not_a_window(tiny_bert, tmp_path):
 # Scores of documents.
 
 
-def naive(queries, vectors, source, depth):
+def naive(queries, vectors, source, depth, num_sizes=1):
     """A double loop over queries and documents, in float64; the whole order by (-score, row)."""
     rows, scores = [], []
     for query in queries.astype(np.float64):
         found = []
-        for document in range(source[-1] + 1):
-            windows = [float(query @ v) for v, s in zip(vectors, source, strict=True) if s == document]
-            found.append((-max(windows), document))
+        for document in range((source[-1] + 1) // num_sizes):
+            total = 0.0
+            for number in range(document * num_sizes, (document + 1) * num_sizes):
+                total += max(float(query @ v) for v, s in zip(vectors, source, strict=True) if s == number)
+            found.append((-total / num_sizes, document))
         found.sort()
         scores.append([-score for score, _ in found[:depth]])
         rows.append([row for _, row in found[:depth]])
@@ -295,6 +298,69 @@ def test_documents_of_equal_windows_tie_wherever_they_stand(num_queries):
     for query, found in zip(queries, rows, strict=True):
         best = (kinds @ query).max(axis=1).argmax()
         np.testing.assert_array_equal(found, np.flatnonzero(kind == best)[:100])
+
+
+# Windows of several sizes.
+
+
+def test_the_mean_of_the_best_of_each_size_by_hand():
+    """Query 1. Document 0: large 4 and 1, small 2: (4 + 2) / 2 = 3. Document 1: large 6, small -2 and 1: 3.5.
+    Document 2: large 5, small 1, 0 and 0: 3, behind document 0, with which it ties."""
+    vectors = np.array([[4], [1], [2], [6], [-2], [1], [5], [1], [0], [0]], dtype=np.float32)
+    source = [0, 0, 1, 2, 3, 3, 4, 5, 5, 5]
+    index = WindowIndex(vectors, source, num_sizes=2)
+    assert len(index) == 3
+    scores, rows = index.search(np.array([[1.0], [-1.0]]), 3)
+    # Query -1: (-1 - 2) / 2, (-6 + 2) / 2, (-5 + 0) / 2.
+    np.testing.assert_array_equal(rows, [[1, 0, 2], [0, 1, 2]])
+    np.testing.assert_array_equal(scores, [[3.5, 3, 3], [-1.5, -2, -2.5]])
+    np.testing.assert_array_equal(index.scores_of(np.array([[1.0]], dtype=np.float32), [2, 1, 2]), [[3, 3.5, 3]])
+    # One size: each window list is a document.
+    np.testing.assert_array_equal(WindowIndex(vectors, source).search(np.array([[1.0]]), 2).rows, [[2, 4]])
+
+
+@pytest.mark.parametrize(("num_sizes", "num_documents"), [(2, 20), (3, 13), (2, 1), (5, 2)])
+@pytest.mark.parametrize("block", [1, 60, 1 << 24])
+@pytest.mark.parametrize("depth", [1, 7, 100])
+def test_several_sizes_equal_a_double_loop(num_sizes, num_documents, block, depth):
+    """Whole numbers; the mean of two or more is rounded alike for equal documents."""
+    queries, vectors, source = random_windows(depth, num_documents * num_sizes)
+    expected_scores, expected_rows = naive(queries, vectors, source, depth, num_sizes)
+    for candidates in (None, FlatIndex(vectors)):
+        index = WindowIndex(vectors, source, num_sizes=num_sizes, max_scores=block, candidates=candidates)
+        assert len(index) == num_documents
+        scores, rows = index.search(queries, depth)
+        assert scores.dtype == np.float32
+        if candidates is None or depth >= num_documents:
+            np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
+            np.testing.assert_array_equal(rows, expected_rows)
+        every = index.scores_of(queries, np.arange(num_documents))
+        np.testing.assert_array_equal(scores, np.take_along_axis(every, rows, axis=1))
+
+
+@pytest.mark.parametrize("num_queries", [1, 200])
+def test_equal_documents_of_several_sizes_tie_wherever_they_stand(num_queries):
+    """4,097 documents of five kinds: windows of three sizes, 2, 1 and 3 of them, by real numbers."""
+    rng = np.random.default_rng(0)
+    kinds, kind = rng.standard_normal((5, 6, 33)).astype(np.float32), rng.integers(0, 5, 4097)
+    queries = rng.standard_normal((num_queries, 33)).astype(np.float32)
+    source = (np.arange(4097)[:, None] * 3 + [0, 0, 1, 2, 2, 2]).ravel()
+    index = WindowIndex(kinds[kind].reshape(-1, 33), source, num_sizes=3, max_scores=2**18)
+    best_of = np.array([[(k[:2] @ q).max() + k[2] @ q + (k[3:] @ q).max() for k in kinds] for q in queries])
+    for best, found in zip(best_of.argmax(axis=1), index.search(queries, 100).rows, strict=True):
+        np.testing.assert_array_equal(found, np.flatnonzero(kind == best)[:100])
+
+
+def test_candidates_of_several_sizes_are_scored_by_all_their_windows():
+    """Document 1's small window is the only one known of it; its score is (2 + 9) / 2."""
+    vectors = np.array([[8.0], [1.0], [2.0], [9.0], [7.0], [7.0]], dtype=np.float32)
+    source = np.arange(6)
+    candidates = Truncating(vectors, [0, 3])
+    scores, rows = WindowIndex(vectors, source, num_sizes=2, candidates=candidates).search(np.array([[1.0]]), 2)
+    np.testing.assert_array_equal(rows, [[1, 0]])  # document 2, whose score is 7, is not among them
+    np.testing.assert_array_equal(scores, [[5.5, 4.5]])
+    with pytest.raises(ValueError, match=naming("source", 4, 2, "sizes")):
+        WindowIndex(vectors[:5], source[:5], num_sizes=2)
 
 
 # Approximate search.
@@ -449,6 +515,49 @@ def test_documents_of_equal_best_windows_are_ordered_by_id(tiny):
     dataset = long_dataset(queries={"q": "a b c d"}, corpus=corpus, qrels={"q": {"a": 1}})
     report = evaluate(tiny, dataset, passages=(6, 2))
     assert [report.run.document_ids[i] for i in report.run.indices[0]] == ["a", "b", "c"]
+
+
+def test_evaluate_over_several_sizes(tiny):
+    """The mean over sizes of what each size alone gives, whatever the slices."""
+    dataset, alone = long_dataset(), []
+    for passages in ((6, 3), (8, 2), (4, 4)):
+        run = evaluate(tiny, dataset, passages=passages).run.to_dict()
+        alone.append({(q, d): score for q, found in run.items() for d, score in found.items()})
+    for slice_documents in (None, 2, 1):
+        report = evaluate(tiny, dataset, passages=(6, 3, 8, 2, 4, 4), slice_documents=slice_documents)
+        assert report.setting["passages"] == [6, 3, 8, 2, 4, 4]
+        # 10, 9 and 3 tokens: 3, 3 and 1 windows of 4; of 6, one every 2, 3, 3 and 1; of 2, 5, 5 and 2.
+        assert report.costs["windows_per_document"] == pytest.approx((7 + 7 + 12) / 3)
+        for query_id, found in report.run.to_dict().items():
+            assert list(found.values()) == sorted(found.values(), reverse=True)
+            for document_id, score in found.items():
+                expected = np.mean([scores[query_id, document_id] for scores in alone])
+                assert score == pytest.approx(expected, abs=1e-6)
+    assert report.name.endswith(" + windows 6/3+8/2+4/4")
+
+
+@pytest.mark.parametrize(
+    ("passages", "facts"),
+    [
+        ((6, 3, 4), ("passages", (6, 3, 4), 3)),
+        ((), ("passages", "()", 0)),
+        ((6, 3, 6, 2), ("passages", (6, 3, 6, 2), 6, "twice")),
+        ((6, 3, 49, 5), ("passages", 49, 48, "max_length")),
+        ((6, 3, 0, 1), ("passages", 0, 3, 48)),
+        ((6, 3, 8, 0), ("passages", 0, 8)),
+        ((6, 3, 8, 9), ("passages", 9, 8)),
+        ((6, 3, 8.0, 2), ("passages", (6, 3, 8.0, 2))),
+        (((6, 3), (8, 2)), ("passages", ((6, 3), (8, 2)))),
+    ],
+)
+def test_sizes_that_cannot_be_combined(tiny, monkeypatch, passages, facts):
+    monkeypatch.setattr(tiny, "_pooled", lambda *_: pytest.fail("encoding has begun"))
+    for call in (evaluate, Searcher):
+        with pytest.raises(ValueError, match=naming(*facts)) as error:
+            call(tiny, long_dataset(), passages=passages)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=naming("passages", (6, 3, 8, 2), "(size, stride)")):
+        tiny.encode_passages([LONG], (6, 3, 8, 2))  # which gives windows of one size
 
 
 def test_an_adapter_and_a_store(tiny_bert, tmp_path):

@@ -28,4 +28,5 @@ def test_the_matching_window_is_the_most_similar_of_all_relevant_documents(tmp_p
         assert found_score == pytest.approx(max(scores.values()), abs=1e-6)
         assert len(dataset.texts[place["document_id"]][place["start"] : place["end"]].split()) <= 3
     assert several > 4
+    assert matching_windows(embedder, dataset, (*passages, 4, 1), dim=dim) == list(found.values())  # of the first size
     assert np.ptp([place["start"] for place in found.values()]) > 0

@@ -234,6 +234,9 @@ def test_grid_over_passages():
     reports[1] = dataclasses.replace(reports[1], setting={**reports[1].setting, "passages": [128, 64]})
     table = format_grid(reports, metric="mrr@10")
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["whole", "128/64"]
+    reports[0] = dataclasses.replace(reports[0], setting={**reports[0].setting, "passages": [128, 64, 64, 32]})
+    assert format_grid(reports, metric="mrr@10").splitlines()[2].startswith("| 128/64+64/32 |")
+    reports[0] = grid()[2]
     assert format_grid([*reports, grid()[-1]]).splitlines()[-1].startswith("|          |     |  ")  # BM25 has none
     assert read_csv(format_grid(reports, metric="mrr@10", style="csv"))[2][0] == "128/64"
     dashes = "".join(
@@ -281,6 +284,7 @@ def test_errors_of_a_grid():
     ("setting", "name"),
     [
         ({"dim": 384, "precision": "int8", "index": "hnsw", "passages": [128, 64]}, "128-64-dim384-int8-hnsw"),
+        ({"dim": 384, "index": "flat", "passages": [128, 64, 64, 32]}, "128-64+64-32-dim384-flat"),
         ({"dim": 32, "precision": "float32", "index": "flat", "passages": None}, "dim32-float32-flat"),
         ({"index": "OPQ16_64,IVF256(RaBitQ),PQ16x4fs/x"}, "OPQ16_64,IVF256-RaBitQ-,PQ16x4fs-x"),
         ({"passages": (8, 4), "aggregate": "max"}, "8-4"),  # as earlier versions say

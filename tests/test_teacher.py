@@ -99,6 +99,9 @@ def test_an_embedder_scores_as_its_vectors(tmp_path):
     q = embedder.encode([dataset.queries["q0"]], role="query")[0]
     assert len(vectors_WD) > 1
     assert windows["q0"]["d3"] == pytest.approx((vectors_WD @ q).max(), abs=1e-6)
+    smaller_WD, _ = embedder.encode_passages([dataset.texts["d3"]], (3, 1))
+    both = score(Vectors(embedder, (4, 2, 3, 1)), dataset, LISTED)["q0"]["d3"]
+    assert both == pytest.approx(((vectors_WD @ q).max() + (smaller_WD @ q).max()) / 2, abs=1e-6)
     # Truncated as the model is.
     embedder.truncate_dim = 8
     q, d = embedder.encode([dataset.queries["q0"]], role="query")[0], embedder.encode([dataset.texts["d3"]])[0]
@@ -167,8 +170,9 @@ def test_models_are_told_apart(tmp_path):
 def test_hashes_tell_models_and_windows_apart(tmp_path, table):
     embedder = make_embedder(tmp_path / "base")
     found = [Vectors(embedder), Vectors(embedder, (4, 2)), Vectors(embedder, (4, 3)), Vectors(table), Words()]
+    found += [Vectors(embedder, (4, 2, 3, 1)), Vectors(embedder, (3, 1, 4, 2))]
     found += [Pairs(new_scorer(make_embedder(tmp_path / "base")))]
-    assert len({part.sha256() for part in found}) == 6
+    assert len({part.sha256() for part in found}) == 8
     before = Vectors(embedder).sha256()
     assert Vectors(make_embedder(tmp_path / "base"), None).sha256() == before
     with torch.no_grad():

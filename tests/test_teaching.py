@@ -62,13 +62,13 @@ def test_every_kind_of_teacher_together(tmp_path):
     make_embedder(tmp_path / "other", max_length=6)
     new_scorer(make_embedder(tmp_path / "other")).save(tmp_path / "scorer")
     models = {"bm25": 0.5, str(tmp_path / "other"): 0.3, str(tmp_path / "scorer"): 0.2}
-    teacher = {"models": models, "passages": [6, 3]}
+    teacher = {"models": models, "passages": [6, 3, 4, 2]}
     embedder = make_embedder(tmp_path / "base", store=tmp_path / "store")
     finetune(embedder, make_dataset(), config(teacher=teacher, passages=[4, 2]), out=tmp_path / "run")
     assert not (tmp_path / "run" / "lists").exists()
     (path,) = (tmp_path / "store" / "lists").glob("*.jsonl")
     made_from = json.loads(path.read_text().partition("\n")[0])["made_from"]
-    teacher = load_teacher(models, passages=(6, 3), device="cpu")
+    teacher = load_teacher(models, passages=(6, 3, 4, 2), device="cpu")
     assert {name: part["sha256"] for name, part in made_from["teacher"].items()} == teacher.sha256()
     assert made_from["student"] == Vectors(make_embedder(tmp_path / "base"), (4, 2)).sha256()
 
@@ -263,6 +263,8 @@ def test_another_teacher_under_the_same_name_is_not_resumed(tmp_path, monkeypatc
         ({"teacher": {"depth": -1}}, ("depth", -1, 0)),
         ({"teacher": {"ranking": "both"}}, ("ranking", "student", "teacher")),
         ({"teacher": {"passages": [4]}}, ("passages", 4)),
+        ({"teacher": {"passages": [6, 3, 6, 2]}}, ("passages", [6, 3, 6, 2], 6, "twice")),
+        ({"passages": [6, 3, 4, 2]}, ("passages", [6, 3, 4, 2], "training", "one")),
         ({"teacher": {"scale": "softmax"}}, ("scale", "zscore", "raw")),
     ],
 )

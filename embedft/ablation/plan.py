@@ -266,11 +266,10 @@ def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Any)
     how = each.evaluation
     if how.pca is not None:
         check_pca(embedder, join_datasets(dataset), how.pca)
-    check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
     own = embedder.max_length
-    for length in {own, each.options.max_length or own} if how.passages else ():  # raises for too long windows
+    for length in {own, each.options.max_length or own}:  # raises for windows longer than either
         embedder.max_length = length
-        embedder.pack([""], role="document", passages=how.passages)
+        check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
     embedder.max_length = own
 
 

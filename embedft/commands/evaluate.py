@@ -33,7 +33,9 @@ BM25, FUSED = "bm25", "fused"  # names of reports, and of their folders
 class Grid:
     """Settings: every combination is evaluated; texts are encoded once."""
 
-    passages: list[int] = option([], "score by windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE ...")
+    passages: list[list[int]] = option(
+        [], "score by windows of SIZE tokens, STRIDE apart, of one or more sizes [whole]", metavar="SIZE STRIDE ..."
+    )
     whole: bool = option(False, "also evaluate whole documents, besides --passages")
     dims: list[int] | None = option(None, "leading dimensions to keep [all]")
     precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "types of document vectors")
@@ -83,9 +85,7 @@ class Options(Adapted, Grid, Hybrid, Data):
     @property
     def grid(self) -> dict[str, tuple]:
         """Arguments for `evaluate_grid`, without duplicate values."""
-        if len(self.passages) % 2:
-            raise ValueError(f"--passages is {self.passages}, expected pairs of size and stride")
-        passages = list(zip(self.passages[::2], self.passages[1::2], strict=True))
+        passages = list(map(tuple, self.passages))
         passages = [None, *passages] if self.whole or not passages else passages
         lists = {"dims": self.dims or [self.dim], "precisions": self.precisions, "indices": self.indices}
         return {name: tuple(dict.fromkeys(values)) for name, values in {**lists, "passages": passages}.items()}
@@ -207,6 +207,6 @@ def _report_files(out: Path) -> list[Path]:
         try:
             is_own = path.parent.name == tables.setting_name(read_object(path)["setting"])
         except (KeyError, TypeError, ValueError):  # unreadable, so only its folder's name can tell
-            is_own = re.fullmatch(r"(\d+-\d+-)?dim\d+-(float32|int8|binary)-.+", path.parent.name)
+            is_own = re.fullmatch(r"(\d+-\d+[+-])*dim\d+-(float32|int8|binary)-.+", path.parent.name)
         found += report_files(path.parent) if is_own else []
     return list(dict.fromkeys(found))

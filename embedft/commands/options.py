@@ -75,9 +75,9 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Long documents, scored by their best window."""
+    """Long documents, scored by their best window of each size."""
 
-    passages: list[int] | None = option(None, "windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE")
+    passages: list[int] | None = option(None, "windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE ...")
 
 
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":

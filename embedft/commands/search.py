@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,8 @@ def run(options: Options) -> None:
         if window_text is not None:
             (query_D,) = embedder.encode([question], role="query", dim=options.dim, progress=False)
             for hit in hits:
-                vectors_WD, _ = embedder.encode_passages([hit["text"]], passages, dim=len(query_D), progress=False)
+                # Of several sizes, the first: its best window is shown.
+                vectors_WD, _ = embedder.encode_passages([hit["text"]], passages[:2], dim=len(query_D), progress=False)
                 hit["passage"] = window_text(hit["text"], int((vectors_WD @ query_D).argmax()))
         if options.json:
             print(json.dumps({"question": question, "documents": hits}))
@@ -109,8 +110,9 @@ def _ask() -> str:
     return ""
 
 
-def make_window_text(embedder, passages: tuple[int, int]) -> Callable[[str, int], str]:
-    """Returns a function (text, window number) -> text in that window, with dots where the full text continues."""
+def make_window_text(embedder, passages: Sequence[int]) -> Callable[[str, int], str]:
+    """Returns a function (text, window number of the first size) -> text in that window, with dots where the full text
+    continues."""
     window_span = make_window_span(embedder, passages)
 
     def window_text(text: str, window: int) -> str:

@@ -7,6 +7,7 @@
 Shapes: N texts, T tokens, W windows.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -64,6 +65,22 @@ class TokenIds:
     def tolist(self) -> list[list[int]]:
         ids = self.ids.tolist()
         return [ids[start:end] for start, end in pairwise(self.offsets.tolist())]
+
+
+def window_sizes(passages: Sequence[int]) -> list[tuple[int, int]]:
+    """The (size, stride) pairs of `passages`, which has them end to end: (128, 64), or (128, 64, 64, 32) for two.
+    Raises `ValueError` for anything else, and for a size twice; `Tokenizer.check_passages` checks the numbers."""
+    expected = "[size, stride] or several such pairs end to end, in whole tokens"
+    try:
+        numbers = list(map(operator.index, passages))
+    except TypeError:
+        raise ValueError(f"passages is {passages!r}, expected {expected}") from None
+    if not numbers or len(numbers) % 2:
+        raise ValueError(f"passages is {passages!r}, {len(numbers)} numbers, expected {expected}")
+    sizes = numbers[::2]
+    if twice := [size for i, size in enumerate(sizes) if size in sizes[:i]]:
+        raise ValueError(f"passages is {passages!r}, with windows of {twice[0]} tokens twice, expected different sizes")
+    return list(zip(sizes, numbers[1::2], strict=True))
 
 
 def gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

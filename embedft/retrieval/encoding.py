@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from ..data.dataset import RetrievalDataset
+from ..encoders.token_ids import window_sizes
 from .index import require_finite
 
-Passages = Sequence[int] | None  # (size, stride) of windows in tokens; None: whole documents
+Passages = Sequence[int] | None  # (size, stride) of windows in tokens, or several such pairs; None: whole documents
 
 
 class SupportsEncode(Protocol):
     """What search needs of an embedder; its vectors have unit length if similarity is "cosine". It may also have the
-    full_dim, truncate_dim, normalize, device and encode_passages of an `Embedder`."""
+    full_dim, truncate_dim, normalize, device, pack and encode_passages of an `Embedder`."""
 
     similarity: Literal["cosine", "dot"]
 
@@ -31,11 +32,13 @@ class SupportsEncode(Protocol):
 
 
 class Slice(NamedTuple):
-    """Vectors [N, W] of the documents from `first` on; source [N]: the document, within the slice, of each window."""
+    """Vectors [N, W] of the documents from `first` on. With windows, source [N] ascends: for windows of the s-th of S
+    sizes, from 0, of the slice's document d it is S d + s, which is d with one size."""
 
     first: int
     vectors: np.ndarray
     source: np.ndarray | None = None
+    num_sizes: int = 1
 
 
 def sorted_corpus(dataset: RetrievalDataset) -> dict[str, str]:
@@ -63,16 +66,37 @@ def encode_documents(
             if passages is None:
                 part = Slice(first, encode(embedder, texts, "document"))
             else:
-                options, ids = {"role": "document", "dim": getattr(embedder, "full_dim", None)}, list(texts)
-                vectors, source = embedder.encode_passages(list(texts.values()), passages, **options)
-                found = len(np.unique(source))
-                if (len(source), found) != (len(vectors), len(ids)):
-                    raise ValueError(f"{len(ids)} documents gave {len(vectors)} windows of {found} documents")
-                require_finite(vectors, "a window of document", [ids[row] for row in source])
-                part = Slice(first, np.asarray(vectors, dtype=np.float32), np.asarray(source))
-                del vectors
+                part = Slice(first, *_encode_windows(embedder, texts, passages), num_sizes(passages))
         yield part
         del part
+
+
+def num_sizes(passages: Passages) -> int:
+    """The number of window sizes; 1 for whole documents."""
+    return 1 if passages is None else len(passages) // 2
+
+
+def _encode_windows(
+    embedder: SupportsEncode, texts: Mapping[str, str], passages: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of all windows of {id: text}, and their source, as a `Slice` has them."""
+    options, ids = {"role": "document", "dim": getattr(embedder, "full_dim", None)}, list(texts)
+    pairs, parts, sources = window_sizes(passages), [], []
+    for size, pair in enumerate(pairs):
+        vectors, source = embedder.encode_passages(list(texts.values()), pair, **options)
+        found = len(np.unique(source))
+        if (len(source), found) != (len(vectors), len(ids)):
+            raise ValueError(f"{len(ids)} documents gave {len(vectors)} windows of {found} documents")
+        require_finite(vectors, "a window of document", [ids[row] for row in source])
+        parts.append(np.asarray(vectors, dtype=np.float32))
+        sources.append(np.asarray(source) * len(pairs) + size)
+        del vectors
+    if len(pairs) == 1:
+        return parts[0], sources[0]
+    source_N, vectors_NW = np.concatenate(sources), np.concatenate(parts)
+    parts.clear()  # so that at most two copies are held
+    order_N = np.argsort(source_N, kind="stable")
+    return vectors_NW[order_N], source_N[order_N]
 
 
 def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.ndarray:
@@ -86,8 +110,8 @@ def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.n
 
 
 def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
-    """All vectors in one array, and the document of each window. Empties the list, so no vectors are held twice."""
-    sources = [part.source + part.first for part in slices if part.source is not None]
+    """All vectors in one array, and their source, as of one slice. Empties the list, so no vectors are held twice."""
+    sources = [part.source + part.first * part.num_sizes for part in slices if part.source is not None]
     source_N = np.concatenate(sources) if sources else None
     if len(slices) == 1:
         return slices.pop().vectors, source_N

@@ -14,7 +14,7 @@ With p the lowest score of its relevant documents, a candidate's score s must sa
 
 Memory: the vectors of the queries and of one slice of documents, and 12 bytes for each of Q x K results.
 Source: Moreira et al. 2024 (NV-Retriever), positive-aware mining: TopK-MarginPos and TopK-PercPos.
-Shapes: Q queries, W windows of a document (one without passages), D dimensions, K = last rank.
+Shapes: Q queries, W windows (one of each document without passages), D dimensions, K = last rank.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ import numpy as np
 from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_corpus, truncate
 from .index import Found
+from .passages import WindowIndex
 from .rerank import SupportsScore, score_listed
 from .search import Setting, check_settings, search_slices
 
@@ -143,11 +144,11 @@ def _search(
     def score_relevant(part: Slice) -> Slice:
         vectors_WD = truncate(embedder, part.vectors, setting.dim)
         source_W = np.arange(len(vectors_WD)) if part.source is None else part.source
-        edges = np.searchsorted(source_W, np.arange(source_W[-1] + 2)).tolist()
-        for row in range(len(edges) - 1):
+        index = WindowIndex(vectors_WD, source_W, num_sizes=part.num_sizes)
+        for row in range(len(index)):
             if queries := asking.get(ids[part.first + row]):
-                scores_QW = queries_QD[queries] @ vectors_WD[edges[row] : edges[row + 1]].T
-                lowest_Q[queries] = np.minimum(lowest_Q[queries], scores_QW.max(axis=1))
+                scores_Q1 = index.scores_of(queries_QD[queries], [row])
+                lowest_Q[queries] = np.minimum(lowest_Q[queries], scores_Q1[:, 0])
         return part
 
     parts = encode_documents(embedder, documents, setting.passages, slice_documents, {})

@@ -62,7 +62,7 @@ class Report:
     def name(self) -> str:
         """What was evaluated: `model_name`, and what is unusual about the search: "m + windows 128/64 + dim 64"."""
         passages, dim, precision, index = map(self.setting.get, ("passages", "dim", "precision", "index"))
-        parts = [self.model_name, f"windows {'/'.join(map(str, passages))}" if passages else ""]
+        parts = [self.model_name, f"windows {windows_name(passages)}" if passages else ""]
         parts.append(f"dim {dim}" if dim != self.setting.get("model_dim", dim) else "")
         parts += [str(x) for x in (precision, index) if x not in (None, "float32", "flat", self.model_name)]
         return " + ".join(filter(None, parts))
@@ -252,6 +252,11 @@ def _check_comparable(base: Report, other: Report) -> None:
         if key in ("questions_sha256", "num_documents", "gain"):
             raise ValueError(f"the reports are not comparable: {message}")
         warnings.warn(f"the reports may not be comparable: {message}", stacklevel=2)
+
+
+def windows_name(passages: Sequence[int]) -> str:
+    """Sizes and strides of windows as a label: "128/64", "128/64+64/32"."""
+    return "+".join(f"{size}/{stride}" for size, stride in zip(passages[::2], passages[1::2], strict=True))
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

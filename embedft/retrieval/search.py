@@ -10,7 +10,8 @@ A setting has four parts:
 - precision: how vectors are stored: float32, int8 or binary (quantization.py).
 - index: "flat" (every document); hnsw, ivf, ivfpq or a FAISS factory string, with parameters as in
   "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all rank them.
-- passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
+- passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; several such pairs end
+  to end, as (128, 64, 64, 32): the mean over sizes of the best window's score; None: whole documents.
 
 int8 and binary work with flat, hnsw and ivf, which search the decoded vectors. With passages, an index other than flat
 only finds candidate windows; then all windows of their documents are scored. Adaptive search has no passages.
@@ -27,8 +28,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
+from ..encoders.token_ids import window_sizes
 from .approximate import FaissIndex, check_index, split_name
-from .encoding import Slice, SupportsEncode, encode, encode_documents, join_slices, sorted_corpus, timed, truncate
+from .encoding import (
+    Slice,
+    SupportsEncode,
+    encode,
+    encode_documents,
+    join_slices,
+    num_sizes,
+    sorted_corpus,
+    timed,
+    truncate,
+)
 from .index import FlatIndex, Found, Index, first_of, recall_against, require_depth, search_exact
 from .passages import WindowIndex
 from .quantization import PRECISIONS, AdaptiveIndex, QuantizedIndex, bytes_per_vector
@@ -187,7 +199,9 @@ def search_slices(
                 if part.source is None:
                     scores, rows = search_exact(queries_QD, vectors_ND, depth, device=getattr(embedder, "device", None))
                 else:
-                    scores, rows = WindowIndex(vectors_ND, part.source).search(queries_QD, depth)
+                    index = WindowIndex(vectors_ND, part.source, num_sizes=part.num_sizes)
+                    scores, rows = index.search(queries_QD, depth)
+                    del index
                 rows += part.first
                 if dim in found:
                     scores, rows = np.hstack([found[dim].scores, scores]), np.hstack([found[dim].rows, rows])
@@ -215,7 +229,11 @@ def check_settings(
         dim, precision, index, passages = setting
         if passages is not None and not hasattr(embedder, "encode_passages"):
             raise ValueError(f"passages is {tuple(passages)}: {type(embedder).__name__} cannot cut texts into windows")
-        passages = None if passages is None else tuple(np.ravel(passages).tolist())  # JSON has no NumPy numbers
+        if passages is not None:
+            pairs = window_sizes(passages)
+            for pair in pairs if hasattr(embedder, "pack") else ():
+                embedder.pack([""], role="document", passages=pair)  # raises for windows that cannot be cut
+            passages = tuple(itertools.chain(*pairs))  # JSON has no NumPy numbers
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if index.startswith("adaptive") and not setting.short_dim:
@@ -260,5 +278,5 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting)
         else:  # all windows of the documents found are scored by their vectors
             num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
     if windows:
-        index = WindowIndex(vectors_ND, source_N, candidates=index)
+        index = WindowIndex(vectors_ND, source_N, num_sizes=num_sizes(setting.passages), candidates=index)
     return FlatIndex(vectors_ND) if index is None else index, num_bytes, facts

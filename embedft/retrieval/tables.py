@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from .report import Comparison, Report, compare
+from .report import Comparison, Report, compare, windows_name
 
 Style = Literal["text", "markdown", "csv", "latex"]
 Column = tuple[str, str, str]  # key and name in CSV, title elsewhere ("": left out), format ("": text)
@@ -110,10 +110,10 @@ def format_reports(reports: Mapping[str, Report], *, style: Style = "markdown") 
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
-    """What `Report.setting` says of the search, as a file name or label: "128-64-dim384-int8-hnsw"."""
+    """What `Report.setting` says of the search, as a file name or label: "128-64+64-32-dim384-int8-hnsw"."""
     dim = setting.get("dim") and f"dim{setting['dim']}"
-    parts = [*(setting.get("passages") or ()), dim, setting.get("precision"), setting.get("index")]
-    return re.sub(r"[^\w.,-]", "-", "-".join(str(part) for part in parts if part))
+    parts = [windows_name(setting.get("passages") or ()), dim, setting.get("precision"), setting.get("index")]
+    return re.sub(r"[^\w.,+-]", "-", "-".join(str(part) for part in parts if part))
 
 
 def grid_base(reports: Sequence[Report]) -> Report:
@@ -135,7 +135,7 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     found, rows = iter(comparisons), []
     for report in reports:
         row = {**report.setting, **report.costs, metric: report.metrics[metric]}
-        row["passages"] = "/".join(map(str, row.get("passages") or ())) or ("whole" if row.get("dim") else None)
+        row["passages"] = windows_name(row.get("passages") or ()) or ("whole" if row.get("dim") else None)
         if report is not base:
             row |= vars(next(found))
         elif style != "csv":

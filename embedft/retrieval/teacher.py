@@ -28,8 +28,9 @@ from ..encoders.schema import CONFIG_FILE, read_fields
 from ..encoders.scoring import load_scorer
 from ..encoders.store import Store
 from .bm25 import Bm25Index, bm25_run, split_words
-from .encoding import Passages, SupportsEncode, encode, encode_documents, join_slices, truncate
+from .encoding import Passages, SupportsEncode, encode, encode_documents, join_slices, num_sizes, truncate
 from .fusion import fuse, zscores
+from .passages import WindowIndex
 from .rerank import SupportsScore
 from .run import Run
 from .search import Setting, check_settings, search
@@ -55,8 +56,8 @@ class Part(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Vectors:
-    """A bi-encoder: the inner product of a query and a document or, with `passages`, (size, stride) in tokens, with its
-    best window. The vectors of all listed documents are in memory."""
+    """A bi-encoder: the inner product of a query and a document or, with `passages`, the score of its windows, as in a
+    search (search.py). The vectors of all listed documents are in memory."""
 
     embedder: SupportsEncode
     passages: Passages = None
@@ -70,14 +71,14 @@ class Vectors:
         queries_QD = truncate(self.embedder, queries_QD, setting.dim)
         vectors_WD, source_W = join_slices(list(encode_documents(self.embedder, texts, self.passages, None, {})))
         vectors_WD = truncate(self.embedder, vectors_WD, setting.dim)
-        starts = np.arange(len(texts) + 1) if source_W is None else np.searchsorted(source_W, np.arange(len(texts) + 1))
+        source_W = np.arange(len(vectors_WD)) if source_W is None else source_W
+        index = WindowIndex(vectors_WD, source_W, num_sizes=num_sizes(self.passages))
         row, query_row = {i: row for row, i in enumerate(texts)}, {i: row for row, i in enumerate(listed)}
 
         def score(query_id: str, document_ids: Sequence[str]) -> dict[str, float]:
-            spans = [slice(starts[row[i]], starts[row[i] + 1]) for i in document_ids]
-            scores_W = np.concatenate([vectors_WD[span] for span in spans]) @ queries_QD[query_row[query_id]]
-            first_G = np.cumsum([0, *(span.stop - span.start for span in spans[:-1])])
-            return dict(zip(document_ids, np.maximum.reduceat(scores_W, first_G).tolist(), strict=True))
+            query_1D = queries_QD[[query_row[query_id]]]
+            (scores_G,) = index.scores_of(query_1D, [row[i] for i in document_ids])
+            return dict(zip(document_ids, scores_G.tolist(), strict=True))
 
         return lambda some: {query_id: score(query_id, ids) for query_id, ids in some.items()}
 

@@ -23,7 +23,8 @@ class Span(NamedTuple):
 
 
 def make_window_span(embedder: Any, passages: Sequence[int]) -> Callable[[str, int], Span]:
-    """Returns a function (text, window number) -> where the window is; a text without tokens has one, all of it."""
+    """Returns a function (text, window number) -> where the window is; a text without tokens has one, all of it.
+    Of windows of several sizes, it knows the first size."""
     backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, because the embedder's own truncates texts
     backend.no_truncation()
     num_prompt = len(embedder.tokenize([embedder.prompt("document")])[0])
@@ -42,12 +43,13 @@ def matching_windows(
     embedder: Any, dataset: RetrievalDataset, passages: Sequence[int], *, dim: int | None = None
 ) -> list[dict[str, Any]]:
     """For each judged query, its relevant document with the most similar window, and where that window is in the
-    document's text (`dataset.texts`), in characters. Encodes the relevant documents."""
+    document's text (`dataset.texts`), in characters; of several sizes, among those of the first. Encodes the relevant
+    documents."""
     relevant = {query_id: dataset.relevant(query_id) for query_id in dataset.qrels}
     relevant = {query_id: documents for query_id, documents in relevant.items() if documents}
     ids = list(dict.fromkeys(document_id for documents in relevant.values() for document_id in documents))
     texts = [dataset.texts[document_id] for document_id in ids]
-    windows_WD, source_W = embedder.encode_passages(texts, passages, dim=dim)
+    windows_WD, source_W = embedder.encode_passages(texts, passages[:2], dim=dim)
     queries_QD = embedder.encode([dataset.queries[query_id] for query_id in relevant], role="query", dim=dim)
     starts_N = np.searchsorted(source_W, np.arange(len(ids) + 1))
     row_of, found = {document_id: row for row, document_id in enumerate(ids)}, []

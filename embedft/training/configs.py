@@ -10,6 +10,7 @@ from ..config import changed, check_types, from_dict, option
 from ..data.batches import ExampleKind
 from ..data.mixture import Sampling
 from ..encoders.lora import LoraConfig
+from ..encoders.token_ids import window_sizes
 from ..losses.registry import Loss, build_loss
 from .optim import Schedule
 from .parts import flattened
@@ -62,12 +63,6 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but {why}")
 
 
-def check_windows(passages: list[int] | None) -> None:
-    """Raises `ValueError` unless `passages` is None or two whole numbers."""
-    if passages is not None and (len(passages) != 2 or not all(type(number) is int for number in passages)):
-        raise ValueError(f"passages is {passages}, expected [size, stride], two whole numbers of tokens")
-
-
 @dataclass(frozen=True)
 class TeacherConfig:
     """What scores lists of documents for each query before training, and which documents; see retrieval/taught.py."""
@@ -86,7 +81,8 @@ class TeacherConfig:
             raise ValueError(f"models is {self.models!r}, expected a model, or {{model: weight}}")
         for key in self.api.keys() & {"model", "base_url"}:  # settings are recorded, and a URL may contain a key
             raise ValueError(f"api has {key}, expected other options: models and OPENAI_BASE_URL say what is asked")
-        check_windows(self.passages)
+        if self.passages is not None:
+            window_sizes(self.passages)
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,8 @@ class FinetuneConfig(TrainConfig):
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
         if self.passages is not None:
-            check_windows(self.passages)
+            if len(window_sizes(self.passages)) > 1:
+                raise ValueError(f"passages is {self.passages}, expected [size, stride]: training has one size")
             if self.references:
                 raise ValueError("references cannot be combined with passages")
         if self.kinds is not None and not self.kinds:
