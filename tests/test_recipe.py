@@ -264,6 +264,17 @@ def refused(tmp_path, monkeypatch, *facts: object, dataset=None, config=CONFIG, 
     assert not (tmp_path / "run").exists() or out is not None
 
 
+@pytest.mark.parametrize(("asked", "found"), [("training", [8, 4]), (None, None), ([6, 2, 5, 1], [6, 2, 5, 1])])
+def test_validation_may_have_windows_of_its_own(tmp_path, asked, found):
+    embedder, validation = make_embedder(tmp_path / "base"), make_dataset(seed=1)
+    config = FinetuneConfig(epochs=1, batch_size=4, passages=[8, 4], validation_passages=asked)
+    finetune(embedder, make_dataset(), config, validation=validation, out=tmp_path / "run")
+    for name in ("validation-base", "validation"):
+        report = Report.load(tmp_path / "run" / "eval" / name)
+        assert report.setting["passages"] == found
+    assert report.metrics == evaluate(embedder, validation, passages=found).metrics
+
+
 def test_a_validation_set_without_relevant_documents(tmp_path, monkeypatch):
     refused(tmp_path, monkeypatch, 1, "queries", "relevant", validation=UNJUDGED)
 
@@ -885,6 +896,7 @@ def test_a_data_set_needs_a_name(tmp_path):
         ({"loss": {"name": "listwise_kl"}}, ("listwise_kl", 1)),
         ({"max_length": 512}, ("max_length", 512, 48)),
         ({"passages": [64, 32]}, ("passages", 64)),
+        ({"validation_passages": [8, 4, 64, 32]}, ("passages", 64, 48)),
         ({"freeze": ["nothing"]}, ("freeze", "nothing")),
         ({"lora": {"targets": ["nothing"]}}, ("targets", "nothing")),
         ({"lora": {"rank": 2}, "loss": {"name": "margin_mse"}}, ("margin_mse", 1)),

@@ -25,6 +25,7 @@ from ..encoders.token_cache import token_cache
 from ..files import append_jsonl, named_errors, temporary_path
 from ..losses.registry import Loss
 from ..objects import describe_object
+from ..retrieval.search import Setting, check_settings
 from ..retrieval.suite import describe_change, load_reports
 from ..training import distributed, run_folder
 from ..training.configs import FinetuneConfig, configured_loss
@@ -190,6 +191,10 @@ def _check(job: Job, existing: str) -> BatchSource | None:
         if job.references:
             raise ValueError("references cannot be combined with passages")
         embedder.pack([""], role="document", passages=config.passages)  # raises for invalid passages
+    if job.validation is None:
+        config.check_unused(("validation_passages",), "there is no validation data")
+    else:
+        check_settings(embedder, [Setting(passages=job.windows())])
     return batches
 
 

@@ -50,12 +50,17 @@ class Job:
 
     def report(self, save_as: str | None = None) -> Report | Suite:
         """Evaluates on the validation data, and saves the result, if it has a name to be saved as."""
-        found = evaluate(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+        found = evaluate(self.embedder, self.validation, passages=self.windows(), **self.measured())
         if save_as == VALIDATION:
             found = Suite({name: _tuned(x) for name, x in found.items()}) if isinstance(found, Suite) else _tuned(found)
         if save_as is not None:
             found.save(self.out / run_folder.EVAL / save_as)
         return found
+
+    def windows(self) -> list[int] | None:
+        """Those by which validation scores documents."""
+        said = self.config.validation_passages
+        return self.config.passages if said == "training" else said
 
     def measured(self) -> dict[str, Any]:
         """Arguments for `evaluate`."""

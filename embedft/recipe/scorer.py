@@ -56,7 +56,8 @@ def finetune_scorer(
         raise ValueError("no query of the dataset has a hard negative, which a cross-encoder learns from: use mine()")
     config = config or FinetuneConfig()
     config.check_unused(("batch_size", "num_negatives"), "finetune_scorer has an argument for it")
-    config.check_unused(("lora", "passages", "references"), "a cross-encoder is trained whole, and on pairs")
+    unused = ("lora", "passages", "validation_passages", "references")
+    config.check_unused(unused, "a cross-encoder is trained whole, and on pairs")
     if isinstance(loss, Mapping):  # others would compare scores of different queries
         for name, valid in (("name", LISTED), ("similarity", ("dot",))):
             if (value := loss.get(name, "dot")) not in valid:

@@ -102,6 +102,9 @@ class FinetuneConfig(TrainConfig):
     token_memory: int = option(1_024, "MiB for token ids of all texts; more go to a temporary file", least=0)
     max_length: int | None = option(None, "truncate texts to this many tokens [the model's own]", least=1)
     passages: list[int] | None = option(None, "train on windows of documents, in tokens [whole]", metavar="SIZE STRIDE")
+    validation_passages: list[int] | Literal["training"] | None = option(
+        "training", "windows by which validation scores documents [those of training]", metavar="SIZE STRIDE ..."
+    )
     windows_per_document: int = option(4, "windows of a document per batch: the best ones, then random ones", least=1)
     refresh_windows: bool = option(False, "update the best windows before each epoch, with the current model")
     mine_every: int | None = option(None, "mine hard negatives before training, then every N epochs", least=1)
@@ -131,6 +134,8 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError(f"passages is {self.passages}, expected [size, stride]: training has one size")
             if self.references:
                 raise ValueError("references cannot be combined with passages")
+        if not isinstance(self.validation_passages, str | None):
+            window_sizes(self.validation_passages)
         if self.kinds is not None and not self.kinds:
             raise ValueError("kinds is [], expected at least one kind, or null for all questions")
         if self.mine_every and not self.num_negatives:
