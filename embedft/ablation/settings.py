@@ -51,10 +51,8 @@ def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation, Adapter
         plain.pop(name, None)
         if not isinstance(given, Mapping):
             raise ValueError(f"{name} is {given!r}, expected KEY=VALUE or {{...}}")
-    options, evaluation = (
-        from_dict(Options, {**plain, "out": ""}),
-        from_dict(Evaluation, parts["evaluate"], "evaluate: "),
-    )
+    options = from_dict(Options, {**plain, "out": ""})
+    evaluation = from_dict(Evaluation, parts["evaluate"], "evaluate: ")
     if not parts["adapter"]:
         return options, evaluation, None
     if "seed" in parts["adapter"]:
