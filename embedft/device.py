@@ -1,7 +1,7 @@
 """What each device can do: the only module that checks a device's type."""
 
 import contextlib
-import ctypes
+import itertools
 import os
 import platform
 import sys
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from . import heap
 
 T = TypeVar("T")
 # What lets cuBLAS be deterministic.
@@ -77,20 +79,25 @@ _MULTIPLIES_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: F
 
 
 def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether float32 matrix products on the CPU can use oneDNN instead of the BLAS that torch was built with.
-    MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN reaches 370 for
-    [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21)."""
+    """Whether oneDNN is faster for float32 matrix products in training than the BLAS that torch was built with: not on
+    Intel's CPUs. MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN has 370
+    for [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21). On a Xeon with AMX
+    they are equally fast forward, but for gradients of weights oneDNN has 117, MKL 190 GFLOP/s (median of four shapes
+    with 6,640 tokens, two cores, 2026-12-01)."""
+    return _multiplies_in_onednn(device, dtype) and not _HAS_FAST_BLAS
+
+
+def _multiplies_in_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     plain = device.type == "cpu" and dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
     return plain and torch.backends.mkldnn.enabled and _ONEDNN_LINEAR
 
 
 def has_reordered_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether inference can reorder a weight once for oneDNN's products: in float32 where training uses them too, and
-    in bfloat16 from AVX-512 on."""
+    """Whether inference can reorder a weight once for oneDNN: in float32, and in bfloat16 from AVX-512 on."""
     if dtype is torch.bfloat16:
         plain = device.type == "cpu" and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
         return plain and _ONEDNN_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return has_onednn_linear(device, dtype)
+    return _multiplies_in_onednn(device, dtype)
 
 
 def has_int8_linear(device: torch.device) -> bool:
@@ -98,6 +105,15 @@ def has_int8_linear(device: torch.device) -> bool:
     return device.type == "cpu" and torch.backends.mkldnn.enabled and _INT8_LINEAR
 
 
+def _processor() -> dict[str, str]:
+    """What Linux says of the first core: vendor_id, model name, ..."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = itertools.takewhile(str.strip, file)  # a blank line ends a core
+        return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
+_HAS_FAST_BLAS = torch.backends.mkl.is_available() and _processor().get("vendor_id") == "GenuineIntel"
 # The operator behind torch.compile's CPU linear layers. It is private, so its absence must be harmless.
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _ONEDNN_LINEAR = _IS_X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -288,11 +304,15 @@ def release_memory(device: torch.device) -> None:
     """Returns freed memory of the CPU (glibc only) and of MPS to the operating system; elsewhere a no-op.
     glibc keeps freed memory in fragments that tensors of other sizes cannot reuse: without this, a process training on
     batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. A call takes a tenth of a second."""
-    if device.type == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    if device.type == "cpu":
+        heap.trim()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def reusing_memory(device: torch.device) -> contextlib.AbstractContextManager:
+    """In this block, what tensors of the CPU leave free serves the next ones; other devices do so anyway."""
+    return heap.kept() if device.type == "cpu" else contextlib.nullcontext()
 
 
 def release_between_batches(device: torch.device) -> None:
@@ -310,14 +330,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    if sys.platform == "linux":  # getrusage would also count the parent process's peak
-        with contextlib.suppress(OSError, KeyError):  # not there in some sandboxes
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            return int(status["VmHWM"].split()[0]) * 1024
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return heap.peak_resident_bytes()
 
 
 def reset_peak_memory(device: torch.device | str) -> None:
@@ -333,9 +346,5 @@ def describe(device: torch.device) -> str:
     """The device's name and, unless it is CUDA, the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    name = _processor().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads" + (", MPS" if device.type == "mps" else "")

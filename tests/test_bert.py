@@ -7,6 +7,7 @@ import torch
 from families import Halved
 from naming import naming
 
+from embedft import device as devices
 from embedft import load_embedder
 from embedft.encoders import bert, layers, post_norm
 from embedft.encoders.bert import Bert, BertConfig
@@ -112,6 +113,7 @@ def test_the_configuration_counts(change, write_tiny, tmp_path):
 
 def test_every_linear_layer_takes_the_fast_path_in_float32(tiny_bert, monkeypatch):
     """Without padding: each product has as many rows as the batch has tokens."""
+    monkeypatch.setattr(devices, "_HAS_FAST_BLAS", False)
     if not layers.has_onednn_linear(torch.device("cpu"), torch.float32):
         pytest.skip("no oneDNN linear layer here")
     rows, product = [], layers._product

@@ -33,8 +33,9 @@ def make_layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> Line
 
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch) -> None:
-    """oneDNN on, also where the suite runs without it (`--no-onednn`)."""
+    """oneDNN on, also where the suite runs without it (`--no-onednn`) and where another BLAS is as fast."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    monkeypatch.setattr(devices, "_HAS_FAST_BLAS", False)
 
 
 @pytest.fixture
@@ -176,6 +177,17 @@ def test_without_onednn_it_is_torchs_own(products, monkeypatch):
     layer, x = make_layer(), random(T, D)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert products == []
+
+
+@on_x86
+def test_where_the_blas_is_fast_training_uses_it_and_inference_onednn(products, monkeypatch):
+    monkeypatch.setattr(devices, "_HAS_FAST_BLAS", True)
+    layer, x = make_layer(), random(T, D)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert products == []
+    with layers.inference(layer):
+        layer(x)
+    assert products == [((T, D), (E, D))]
 
 
 def test_onednn_switched_off_in_torch(products, monkeypatch):
