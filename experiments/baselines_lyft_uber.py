@@ -18,13 +18,11 @@ Each text is embedded once; a second run reads all vectors from the store.
 
 import argparse
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from embedft import Report, RetrievalDataset, Run, bm25_run, evaluate, evaluate_run, fuse, load_embedder
-from embedft.retrieval.bm25 import Tokenize
 from embedft.retrieval.metrics import Qrels, judge, measure
 from embedft.retrieval.significance import holm
 from embedft.retrieval.tables import format_table
@@ -53,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
     )
     # Runs on Lyft, to choose the fusion weights, and on Uber.
     bm25 = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
-    pairs = [bm25_run(dataset, tokenize=with_pairs(embedder.tokenize)) for dataset in (lyft, uber)]
+    pairs = [bm25_run(dataset, tokenize=embedder.tokenize, ngram=2) for dataset in (lyft, uber)]
     one_vector = [evaluate(embedder, dataset).run for dataset in (lyft, uber)]
     windows = [evaluate(embedder, dataset, passages=PASSAGES).run for dataset in (lyft, uber)]
     runs = {
@@ -88,11 +86,6 @@ def main(options: argparse.Namespace) -> None:
         "Holm-adjusted over the rows.\nThe LLM that wrote these questions reused the chunks' words, which favours word "
         "matching:\nBM25 is stronger here than on users' questions."
     )
-
-
-def with_pairs(tokenize: Tokenize) -> Tokenize:
-    """Tokens, and each two neighbours as one more token."""
-    return lambda texts: [[*tokens, *map(str, itertools.pairwise(tokens))] for tokens in tokenize(texts)]
 
 
 def choose_weight(runs: Sequence[Run], qrels: Qrels, *, metric: str = CHOOSE) -> tuple[float, float]:

@@ -85,6 +85,22 @@ def test_cells_that_differ_in_evaluation_share_their_training():
     assert {json.dumps(cell.config["evaluate"]) for cell in untrained} == ways
 
 
+def test_options_of_bm25_count_only_where_it_is_fused():
+    axes = {"evaluate.fuse_weight": [None, 0.5]}
+    grid = planned(axes=axes, evaluate={"bm25_ngram": 2})
+    found = {(cell.config["evaluate"]["fuse_weight"], cell.config["evaluate"]["bm25_ngram"]) for cell in grid.cells}
+    assert found == {(None, 1), (0.5, 2)}
+    plain = planned(axes=axes)
+    assert len({cell.key for cell in grid.cells} & {cell.key for cell in plain.cells}) == len(grid.cells) // 2
+
+
+def test_a_teachers_bm25_is_part_of_a_cell():
+    teaching = {"num_negatives": 2, "target_scores": True, "loss": {"name": "listwise_kl"}}
+    points = [teaching | {"teacher": {"models": "bm25", "bm25": how}} for how in ({}, {"b": 1.0})]
+    runs = [cell.run for cell in planned(points=points, axes=None, seeds=[0]).cells if cell.run]
+    assert len(set(runs)) == 3
+
+
 def test_windows_of_training_are_those_of_evaluation_unless_said_otherwise():
     grid = planned(passages=[8, 4], axes={"lr": [1e-5]})
     assert {str(cell.config["evaluate"]["passages"]) for cell in grid.cells} == {"[8, 4]"}
@@ -221,6 +237,8 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"adapter": [{"kind": "linear"}]}, "evaluate": {"pca": 4}}, ("adapter", "pca", 4)),
         ({"axes": {"adapter": [{"objective": "in_batch", "loss": {"name": "marginn"}}]}}, ("marginn",)),
         ({"axes": {"evaluate.fuse_weight": [1.5]}}, ("evaluate.fuse_weight=1.5", "fuse_weight", 1)),
+        ({"axes": {"evaluate.bm25_b": [1.5]}, "evaluate": {"fuse_weight": 0.5}}, ("evaluate.bm25_b=1.5", "bm25_b", 1)),
+        ({"axes": {"evaluate.bm25_ngram": [1, 2]}}, ("evaluate.bm25_ngram", 1, 2, "nothing")),
         ({"axes": {"lora.targets": [["nothing"]]}}, ("nothing", "targets")),
         ({"axes": {"max_length": [24, 512]}}, ("max_length=512", "max_length", 512, 48)),
         ({"axes": {"model": ["model", "gone"]}}, ("gone",)),

@@ -141,7 +141,8 @@ def results(grid: Grid) -> dict[str, dict[str, bytes]]:
 
 def test_a_cell_reports_what_evaluate_and_fuse_do():
     """Untrained and trained, alone and fused: the same as by the library's own calls."""
-    grid = make_grid(axes={"evaluate.fuse_weight": [0.4]}, evaluate={"passages": [8, 4], "dim": 16})
+    how = {"passages": [8, 4], "dim": 16, "bm25_ngram": 2, "bm25_b": 1.0}
+    grid = make_grid(axes={"evaluate.fuse_weight": [0.4]}, evaluate=how)
     rows = []
     assert run_grid(grid, on_row=rows.append) == {}
     dataset = RetrievalDataset.load("uber.jsonl")
@@ -150,13 +151,14 @@ def test_a_cell_reports_what_evaluate_and_fuse_do():
         embedder = load_embedder(model, device="cpu")
         expected = evaluate(embedder, dataset, passages=(8, 4), dim=16)
         if cell.config["evaluate"]["fuse_weight"]:
-            bm25 = bm25_run(dataset, tokenize=embedder.tokenize)
+            bm25 = bm25_run(dataset, tokenize=embedder.tokenize, ngram=2, b=1.0)
             run = fuse([bm25, expected.run], method="zscore", weights=(0.4, 0.6), depth=100)
             expected = evaluate_run(run, dataset)
         found = Report.load(grid.folder(cell) / "eval" / "uber")
         assert found.metrics == expected.metrics
         assert found.setting["passages"] == [8, 4]
-        assert found.setting.get("bm25_weight") == cell.config["evaluate"]["fuse_weight"]
+        fused = [0.4, 2, 1.0] if cell.config["evaluate"]["fuse_weight"] else [None] * 3
+        assert [found.setting.get(f"bm25_{name}") for name in ("weight", "ngram", "b")] == fused
         windows = [line for _, line in read_jsonl(grid.folder(cell) / "eval" / "uber" / "windows.jsonl")]
         assert windows == matching_windows(embedder, dataset, (8, 4), dim=16)
         assert not (grid.folder(cell) / "eval" / "validation" / "windows.jsonl").exists()

@@ -14,14 +14,7 @@ from naming import naming
 
 from embedft import Report, RetrievalDataset, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
 from embedft.retrieval.run import Run
-from experiments.baselines_lyft_uber import (
-    METRICS,
-    choose_weight,
-    format_differences,
-    format_values,
-    main,
-    with_pairs,
-)
+from experiments.baselines_lyft_uber import METRICS, choose_weight, format_differences, format_values, main
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_DOCUMENTS = 8
@@ -147,18 +140,6 @@ def test_choose_weight_refuses(number, options, facts):
         choose_weight([Run.from_dict({"q": {"a": 1.0}})] * number, {"q": {"a": 1}}, **options)
 
 
-def test_pairs_by_hand():
-    def words(texts):
-        return [text.split() for text in texts]
-
-    (abc, a, nothing) = with_pairs(words)(["a b c", "a", ""])
-    assert (abc[:3], len(set(abc)), a, nothing) == (["a", "b", "c"], 5, ["a"], [])
-    # Both documents have both words once and are equally long; only the pair tells them apart.
-    dataset = RetrievalDataset({"q": "red car"}, {"x": "car red old", "y": "old red car"}, {"q": {"y": 1}})
-    assert evaluate_run(bm25_run(dataset, tokenize=words), dataset).metrics["hit_rate@1"] == 0  # a tie: x is first
-    assert evaluate_run(bm25_run(dataset, tokenize=with_pairs(words)), dataset).metrics["hit_rate@1"] == 1
-
-
 # All of it.
 
 
@@ -200,7 +181,7 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
     text = output()
     embedder = load_embedder(base, max_length=512)
     tokens = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
-    pairs = [bm25_run(dataset, tokenize=with_pairs(embedder.tokenize)) for dataset in (lyft, uber)]
+    pairs = [bm25_run(dataset, tokenize=embedder.tokenize, ngram=2) for dataset in (lyft, uber)]
     one_vector = [evaluate(embedder, dataset) for dataset in (lyft, uber)]
     windows = [evaluate(embedder, dataset, passages=(128, 64)) for dataset in (lyft, uber)]
     expected = {

@@ -8,7 +8,7 @@ from naming import naming
 
 from embedft import RetrievalDataset, bm25_run, evaluate_run
 from embedft.retrieval import bm25
-from embedft.retrieval.bm25 import Bm25Index, split_words
+from embedft.retrieval.bm25 import Bm25Index, split_words, with_runs
 
 INF = np.inf
 
@@ -76,6 +76,31 @@ def test_k1_and_b_by_hand():
     assert scores_of(documents, ["a"], k1=2)[0] == pytest.approx(idf * 3 / 5.75, rel=1e-6)
 
 
+def test_pairs_by_hand():
+    documents = [["red", "car"], ["car", "red", "old", "car"]]
+    # Lengths with pairs 2 + 1 and 4 + 3, mean 5. "red" and "car" are in both: idf = ln(1 + 0.5 / 2.5) = ln 1.2; the
+    # pair is in the first alone: ln(1 + 1.5 / 1.5) = ln 2.
+    found = scores_of(documents, ["red", "car"], ngram=2)
+    # Row 0: 1.5 (0.25 + 0.75 * 3/5) = 1.05, each once. Row 1: 1.5 (0.25 + 0.75 * 7/5) = 1.95, "car" twice.
+    assert found[0] == pytest.approx((2 * 0.1823216 + 0.6931472) / 2.05, rel=1e-6)
+    assert found[1] == pytest.approx(0.1823216 * (1 / 2.95 + 2 / 3.95), rel=1e-6)
+    # In the other order, the pair is in the second alone.
+    found = scores_of(documents, ["car", "red"], ngram=2)
+    assert found[1] == pytest.approx(0.1823216 * (1 / 2.95 + 2 / 3.95) + 0.6931472 / 2.95, rel=1e-6)
+
+
+def test_runs_by_hand():
+    assert with_runs("abcd", 1) == "abcd"
+    assert with_runs("abcd", 2) == ["a", "b", "c", "d", ("a", "b"), ("b", "c"), ("c", "d")]
+    assert with_runs("abc", 9) == ["a", "b", "c", ("a", "b"), ("b", "c"), ("a", "b", "c")]
+    assert with_runs([7], 2) == [7]
+    assert with_runs([], 2) == []
+
+
+def test_a_token_that_looks_like_a_pair_is_none():
+    assert scores_of([["a", "b"]], [str(("a", "b"))], ngram=2) == {}
+
+
 def test_one_document_and_a_term_in_all_of_them():
     # idf = ln(1 + 0.5 / 1.5): small and above 0, so the document is found.
     assert scores_of([["a", "b"]], ["b"]) == pytest.approx({0: math.log(4 / 3) / 2.5}, rel=1e-6)
@@ -105,7 +130,7 @@ def test_equals_a_double_loop(k1, b, depth):
     rng = np.random.default_rng(depth)
     documents = random_documents(rng, 90)
     queries = random_documents(rng, 12, longest=8)
-    scores_QK, rows_QK = Bm25Index(documents, k1=k1, b=b, slice_tokens=97).search(queries, depth)
+    scores_QK, rows_QK = Bm25Index(documents, k1=k1, b=b, slice_terms=97).search(queries, depth)
     assert scores_QK.shape == (12, min(depth, 90))
     for query, scores_K, rows_K in zip(queries, scores_QK, rows_QK, strict=True):
         all_scores = double_loop(documents, query, k1=k1, b=b)
@@ -116,6 +141,23 @@ def test_equals_a_double_loop(k1, b, depth):
         # Scores that differ by a rounding may change places with it; each row has its own score.
         np.testing.assert_allclose([all_scores[row] for row in rows_K[:kept]], scores_K[:kept], rtol=1e-6)
         assert len(set(rows_K[:kept].tolist())) == kept
+
+
+@pytest.mark.parametrize("ngram", [2, 3])
+def test_runs_equal_a_double_loop(ngram):
+    rng = np.random.default_rng(ngram)
+    documents, queries = random_documents(rng, 70, vocabulary=9), random_documents(rng, 12, vocabulary=9, longest=8)
+
+    def runs(tokens):
+        return [tuple(tokens[i : i + n]) for n in range(1, ngram + 1) for i in range(len(tokens) - n + 1)]
+
+    index = Bm25Index((np.array(document) for document in documents), ngram=ngram, k1=1.2, b=1.0, slice_terms=97)
+    assert any(len(term) == ngram for term in index.terms if isinstance(term, tuple))
+    for query in queries:
+        expected = double_loop(list(map(runs, documents)), runs(query), k1=1.2, b=1.0)
+        np.testing.assert_allclose(index.score(query), expected, rtol=1e-6)
+        scores_QK, rows_QK = index.search([query], 70)
+        np.testing.assert_array_equal(scores_QK[0][rows_QK[0] >= 0], index.score(query)[rows_QK[0][rows_QK[0] >= 0]])
 
 
 @pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.9, 0.4)])
@@ -173,7 +215,7 @@ def test_fewer_documents_found_than_asked_for_among_many():
 def test_slices_change_nothing(tokens):
     documents = random_documents(np.random.default_rng(3), 80)
     whole = Bm25Index(documents)
-    sliced = Bm25Index(iter(documents), slice_tokens=tokens)
+    sliced = Bm25Index(iter(documents), slice_terms=tokens)
     assert sliced.terms == whole.terms
     for name in ("starts_V", "rows_P", "weights_P"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))
@@ -232,6 +274,8 @@ def test_numpy_tokens_are_tokens():
         ([["a"]], {"b": 1.01}, ("BM25", "k1", 1.5, ..., "b", ..., 1.01, 0, 0, 1)),
         ([["a"]], {"b": -0.01}, ("BM25", "k1", 1.5, ..., "b", ..., -0.01, 0, 0, 1)),
         ([["a"]], {"b": math.nan}, ("BM25", "k1", 1.5, ..., "b", ..., "nan", 0, 0, 1)),
+        ([["a"]], {"ngram": 0}, ("BM25", "ngram", 0, 1)),
+        ([["a"]], {"ngram": 1.5}, ("BM25", "ngram", 1.5, 1)),
     ],
 )
 def test_build_refuses(documents, options, facts):
@@ -305,9 +349,20 @@ def test_options_of_a_run():
         with pytest.raises(ValueError, match=naming("BM25", "tokenize", "list", 4, "texts")):
             bm25_run(DATASET, tokenize=wrong)
     calls.clear()
-    with pytest.raises(ValueError, match=naming("depth", 0, 1)):
-        bm25_run(DATASET, tokenize=tokenize, depth=0)
+    for wrong in ({"depth": 0}, {"ngram": 0}, {"k1": -1}, {"b": 2}):
+        with pytest.raises(ValueError, match=naming(*wrong, *wrong.values(), 1)):
+            bm25_run(DATASET, tokenize=tokenize, **wrong)
     assert not calls  # before any work
+
+
+def test_a_run_with_pairs():
+    """Two documents with the same words: only the pair tells them apart."""
+    dataset = RetrievalDataset({"q": "red car"}, {"x": "car red old", "y": "old red car"}, {"q": {"y": 1}})
+    assert list(bm25_run(dataset).to_dict()["q"]) == ["x", "y"]  # a tie
+    found = bm25_run(dataset, ngram=2, k1=2.0, b=0.0).to_dict()["q"]
+    # k1 2 and no length: 1 / 3 of each idf. "red" and "car" are in both, ln(1 + 0.5 / 2.5), the pair in one, ln 2.
+    assert found == pytest.approx({"y": (2 * 0.1823216 + 0.6931472) / 3, "x": 2 * 0.1823216 / 3}, rel=1e-6)
+    assert list(found) == ["y", "x"]
 
 
 def test_a_query_does_not_find_itself():

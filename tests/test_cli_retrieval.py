@@ -41,9 +41,11 @@ def run(capsys, arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def bm25_report(embedder, **cutoffs) -> Report:
+def bm25_report(embedder, how: dict | None = None, **cutoffs) -> Report:
     return evaluate_run(
-        bm25_run(make_dataset(), tokenize=embedder.tokenize, depth=cutoffs.get("depth", 100)), make_dataset(), **cutoffs
+        bm25_run(make_dataset(), tokenize=embedder.tokenize, depth=cutoffs.get("depth", 100), **(how or {})),
+        make_dataset(),
+        **cutoffs,
     )
 
 
@@ -141,6 +143,26 @@ def test_evaluate_fuses(place, capsys, weight):
     assert (saved.setting["method"], saved.setting["bm25_weight"]) == ("zscore", w)
     if weight is not None:  # the weight is bm25's: 0 leaves what the model found
         assert (saved.metrics == dense.metrics) == (weight == 0)
+
+
+def test_evaluate_with_pairs_of_tokens(place, capsys):
+    embedder, dense = make_embedder(place / "model"), evaluate(make_embedder(place / "model"), make_dataset())
+    bm25 = bm25_report(embedder, {"ngram": 2, "k1": 0.5, "b": 1.0})
+    assert bm25.metrics != bm25_report(embedder).metrics
+    fused = evaluate_run(fuse([bm25.run, dense.run], method="zscore", weights=(0.5, 0.5), depth=100), make_dataset())
+    options = "--fuse --bm25-ngram 2 --bm25-k1 0.5 --bm25-b 1"
+    out = run(capsys, f"evaluate model pairs.json {options} --style markdown --out eval")
+    called = [f"{name} + ngram 2 + k1 0.5 + b 1" for name in ("bm25", "fused")]
+    assert out == format_reports({"model": dense, called[0]: bm25, called[1]: fused}) + "\n"
+    for name, label, expected in zip(("bm25", "fused"), called, (bm25, fused), strict=True):
+        saved = Report.load(f"eval/{name}")
+        assert (saved.name, saved.run.to_dict()) == (label, expected.run.to_dict())
+        assert [saved.setting[key] for key in ("bm25_ngram", "bm25_k1", "bm25_b")] == [2, 0.5, 1.0]
+    # Values at their defaults are not recorded, so that reports from before there were such options say the same.
+    run(capsys, "evaluate model pairs.json --bm25-ngram 1 --bm25-b 0.75 --out plain")
+    assert not [key for key in Report.load("plain/bm25").setting if key.startswith("bm25_")]
+    out = run(capsys, "evaluate model pairs.json --dims 32 8 --metric mrr@3 --bm25-ngram 2 --style csv")
+    assert list(csv.reader(io.StringIO(out)))[-1][:3] == ["", "", "bm25 + ngram 2"]
 
 
 def test_evaluate_as_json(place, capsys):
@@ -297,6 +319,12 @@ def test_the_metric_of_a_grid(place, capsys):
         ("--fuse --fuse-weight nan", ("--fuse-weight", "nan", 0, 1)),
         ("--fuse --dims 8 4", ("--fuse", "single", 2)),
         ("--fuse --no-bm25", ("--no-bm25", "--fuse")),
+        ("--no-bm25 --bm25-ngram 2", ("--bm25-ngram", "--bm25")),
+        ("--bm25-ngram 0", ("--bm25-ngram", 0, 1)),
+        ("--bm25-ngram 1.5", ("--bm25-ngram", "'1.5'", "int")),
+        ("--bm25-b 1.5", ("--bm25-b", 1.5, 0, 1)),
+        ("--bm25-k1 -1", ("--bm25-k1", -1.0, 0)),
+        ("--bm25-k1 inf", ("--bm25-k1", "inf", 0)),
         ("--json --style csv", ("--style", "--json")),
         ("--style html", ("style", "'html'", "'text'", "'latex'")),
         ("--metric mrr@3", ("--metric", "several", "one")),

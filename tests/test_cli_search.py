@@ -126,6 +126,22 @@ def test_hybrid(place, capsys):
     assert [i for i, _ in row.items()] != list(search(embedder, dataset, {"q": QUESTION}, depth=3).to_dict()["q"])
 
 
+def test_hybrid_with_pairs_of_tokens(place, capsys):
+    dataset, embedder = make_dataset(), make_embedder(place / "model")
+    dense, asked = search(embedder, dataset, {"q": QUESTION}), RetrievalDataset({"q": QUESTION}, dataset.corpus, {})
+    found = []
+    for how in ({}, {"ngram": 2, "b": 1.0}):
+        lexical = bm25_run(asked, tokenize=embedder.tokenize, **how)
+        (row,) = fuse([dense, lexical], method="zscore", depth=3).to_dict().values()
+        words = [word for name, value in how.items() for word in (f"--bm25-{name}", str(value))]
+        out = rows_of(run(capsys, "chunks", QUESTION, "--depth", "3", "--hybrid", *words))
+        found.append([(score, place.split()[-1]) for _, score, place in out])
+        assert found[-1] == [(pytest.approx(score, abs=6e-5), i) for i, score in row.items()]
+    assert found[0] != found[1]
+    assert main(["search", "model", "chunks", QUESTION, "--bm25-ngram", "2"]) == 2
+    assert names(capsys.readouterr().err, "--bm25-ngram", "--hybrid")
+
+
 def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
     """As one behind an API: words."""
 

@@ -111,11 +111,15 @@ def test_an_embedder_scores_as_its_vectors(tmp_path):
 def test_bm25_scores_as_its_run(tmp_path):
     dataset = make_dataset()
     listed = {query_id: list(dataset.corpus) for query_id in dataset.queries}
-    found, run = score(Words(), dataset, listed), bm25_run(dataset).to_dict()
-    for query_id, scores in found.items():
-        assert {i: value for i, value in scores.items() if value} == pytest.approx(run[query_id])
-        assert len(scores) == 9
-    assert any(0.0 in scores.values() for scores in found.values())
+    for how in ({}, {"ngram": 2, "k1": 0.5, "b": 1.0}):
+        (words,) = load_teacher("bm25", bm25=how).parts.values()
+        found, run = score(words, dataset, listed), bm25_run(dataset, **how).to_dict()
+        assert words.search(dataset, 4).to_dict() == bm25_run(dataset, depth=4, **how).to_dict()
+        for query_id, scores in found.items():
+            assert {i: value for i, value in scores.items() if value} == pytest.approx(run[query_id])
+            assert len(scores) == 9
+        assert any(0.0 in scores.values() for scores in found.values())
+    assert run != bm25_run(dataset).to_dict()
     index = Bm25Index(split_words(["a b", "c", "a"]))
     found, rows = (x[0] for x in index.search([["a"]], 3))
     np.testing.assert_array_equal(rows, [2, 0, -1])  # the shorter document first
@@ -171,8 +175,9 @@ def test_hashes_tell_models_and_windows_apart(tmp_path, table):
     embedder = make_embedder(tmp_path / "base")
     found = [Vectors(embedder), Vectors(embedder, (4, 2)), Vectors(embedder, (4, 3)), Vectors(table), Words()]
     found += [Vectors(embedder, (4, 2, 3, 1)), Vectors(embedder, (3, 1, 4, 2))]
-    found += [Pairs(new_scorer(make_embedder(tmp_path / "base")))]
-    assert len({part.sha256() for part in found}) == 8
+    found += [Words(ngram=2), Words(k1=1.0), Words(b=1.0), Pairs(new_scorer(make_embedder(tmp_path / "base")))]
+    assert len({part.sha256() for part in found}) == 11
+    assert Words(1, 1.5, 0.75).sha256() == Words().sha256()
     before = Vectors(embedder).sha256()
     assert Vectors(make_embedder(tmp_path / "base"), None).sha256() == before
     with torch.no_grad():
@@ -221,6 +226,17 @@ def test_models_that_cannot_be_used(tmp_path, corpus, table):
         load_teacher("bm25", api={"price": 1})
     with pytest.raises(ValueError, match=naming("passages", 4, "bm25")):
         load_teacher("bm25", passages=(4, 2))
+    for wrong, facts in (
+        ({"ngram": 0}, ("ngram", 0, 1)),
+        ({"b": 1.5}, ("b", 1.5, 0, 1)),
+        ({"k1": "high"}, ("k1", "'high'", "float")),
+        ({"n": 2}, ("'n'", "ngram", "k1", "b")),
+    ):
+        with pytest.raises(ValueError, match=naming("teacher", "bm25", *facts)):
+            load_teacher("bm25", bm25=wrong)
+    make_embedder(tmp_path / "base")
+    with pytest.raises(ValueError, match=naming("bm25", "'ngram'", 2, tmp_path / "base")):
+        load_teacher(str(tmp_path / "base"), bm25={"ngram": 2})
     without_windows = type("Alone", (), {"similarity": "dot", "encode": table.encode})()
     with pytest.raises(ValueError, match=naming("passages", "windows")):
         score(Vectors(without_windows, (4, 2)), corpus, {"q0": ["a"]})

@@ -125,7 +125,7 @@ def test_seeds_share_the_lists_of_a_store(tmp_path, monkeypatch):
 def spying(teacher, asked: list):
     part = teacher.parts["bm25"]
     scoring = part.scoring
-    part.scoring = lambda *given: asked.append(given) or scoring(*given)
+    object.__setattr__(part, "scoring", lambda *given: asked.append(given) or scoring(*given))  # it is frozen
     return teacher
 
 
@@ -281,6 +281,7 @@ def test_settings_are_checked_when_made(changes, facts):
         ({"api": {"price": 1}}, ("api", "openai:")),
         ({"models": "openai:m", "api": {"prices": 1}}, ("api", "prices")),
         ({"depth": 0}, ("depth",)),
+        ({"bm25": {"ngram": 0}}, ("bm25", "ngram", 0, 1)),
     ],
 )
 def test_what_cannot_teach_leaves_nothing(tmp_path, teacher, facts):

@@ -142,9 +142,9 @@ def _evaluate(embedder: Embedder, dataset: Datasets, how: Evaluation, select: st
     if how.fuse_weight is None:
         return report
     weights, depth = (how.fuse_weight, 1 - how.fuse_weight), measured["depth"]
-    bm25 = bm25_run(dataset, tokenize=embedder.tokenize, depth=depth)
+    bm25 = bm25_run(dataset, tokenize=embedder.tokenize, depth=depth, **how.bm25_given())
     fused = evaluate_run(fuse([bm25, report.run], method="zscore", weights=weights, depth=depth), dataset, **measured)
-    said = {"fused_with": "bm25", "method": "zscore", "bm25_weight": how.fuse_weight}
+    said = {"fused_with": "bm25", "method": "zscore", "bm25_weight": how.fuse_weight, **how.bm25_setting()}
     return replace(fused, setting=report.setting | fused.setting | said, costs=report.costs)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..commands.adapter import check_adapter
 from ..commands.finetune import Options, load_datasets
-from ..commands.options import load_data, load_model
+from ..commands.options import Bm25, load_data, load_model
 from ..config import part
 from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets
@@ -179,6 +179,8 @@ def _planned(base: dict[str, Any], label: Point, name: str, point: Point) -> _Po
             )
     if evaluation.passages == "training":
         evaluation = replace(evaluation, passages=options.passages)
+    if evaluation.fuse_weight is None:  # which changes nothing then
+        evaluation = replace(evaluation, **asdict(Bm25()))
     return _Point(name, label, config, options, evaluation, adapter)
 
 
@@ -252,7 +254,7 @@ class _Tests:
         if teacher := part(options, FinetuneConfig).teacher_config():
             key = as_text(options.teacher)
             if key not in self.references:
-                how = {"passages": teacher.passages, "scale": teacher.scale, "api": teacher.api}
+                how = {name: getattr(teacher, name) for name in ("passages", "scale", "api", "bm25")}
                 self.references[key] = load_teacher(teacher.models, device="cpu", **how).sha256()
             found |= {f"teacher {name}": sha256 for name, sha256 in self.references[key].items()}
         return found

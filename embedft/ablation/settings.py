@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from ..commands.finetune import Options
+from ..commands.options import Bm25
 from ..config import check_at_most_one, check_types, from_dict, option, suggestion
 from ..losses.registry import LOSSES, Loss, loss_options
 from ..training.configs import AdapterConfig, FinetuneConfig
@@ -21,7 +22,7 @@ OF_ADAPTERS = (*MODEL, *DATA, *PARTS, "max_length", "passages")  # what changes 
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Bm25):
     """How the tests and the validation questions are searched."""
 
     passages: list[int] | Literal["training"] | None = option("training", "windows [those of training]")

@@ -24,7 +24,7 @@ from ..retrieval.bm25 import split_words
 from ..retrieval.report import Report
 from ..retrieval.run import Run
 from ..retrieval.suite import Suite, about, check_names, format_suites, report_files
-from .options import DATASETS, Adapted, Data, check_output, load_data, load_encoder, named_sources, print_costs
+from .options import DATASETS, Adapted, Bm25, Data, check_output, load_data, load_encoder, named_sources, print_costs
 
 BM25, FUSED = "bm25", "fused"  # names of reports, and of their folders
 
@@ -53,7 +53,7 @@ class Hybrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Adapted, Grid, Hybrid, Data):
+class Options(Adapted, Grid, Hybrid, Bm25, Data):
     data: list[str] | str = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA", metavar="DATA", positional=True)
     metrics: list[str] | None = option(None, "e.g. ndcg@20 rprec my_module.function [all, at --ks]", metavar="NAME ...")
     ks: list[int] = option([1, 3, 5, 10], "cutoffs")
@@ -70,7 +70,8 @@ class Options(Adapted, Grid, Hybrid, Data):
         check_at_most_one(self, "dim", "dims")
         check_at_most_one(self, "bm25", "fuse")
         check_at_most_one(self, "style", "json")
-        for name, needed in (("whole", "passages"), ("overwrite", "out"), ("fuse_weight", "fuse")):
+        of_bm25 = [(name, "bm25") for name in self.bm25_setting()]
+        for name, needed in (("whole", "passages"), ("overwrite", "out"), ("fuse_weight", "fuse"), *of_bm25):
             if not getattr(self, needed) and (given := changed(self, [name])):
                 raise ValueError(f"{given[0]} needs --{needed}")
         num_settings = math.prod(map(len, self.grid.values()))
@@ -161,7 +162,8 @@ def _evaluate(options: Options, embedder: Any, datasets: dict[str, RetrievalData
         if options.style == "text":
             print(f"{reports[0].name}: {reports[0]}", end="\n\n" if beside else "\n")
         if beside or options.style != "text":
-            print(tables.format_reports({reports[0].name: reports[0], **beside}, style=options.style))
+            named = {report.name: report for report in (reports[0], *beside.values())}
+            print(tables.format_reports(named, style=options.style))
 
 
 def _print_grid(options: Options, reports: list[Report], beside: dict[str, Report], metric: str) -> None:
@@ -176,11 +178,11 @@ def _print_grid(options: Options, reports: list[Report], beside: dict[str, Repor
 
 
 def _print_suite(options: Options, suite: Suite, beside: dict[str, Suite]) -> None:
-    name = next(iter(suite.values())).name
+    named = {next(iter(each.values())).name: each for each in (suite, *beside.values())}
     if options.style == "text":
         counts = (f"{dataset} ({str(report).splitlines()[0]})" for dataset, report in suite.items())
-        print(f"{name}: {', '.join(counts)}\n")
-    print(format_suites({name: suite, **beside}, style=options.style))
+        print(f"{next(iter(named))}: {', '.join(counts)}\n")
+    print(format_suites(named, style=options.style))
     if options.style == "text":
         print("\nmean: of the datasets, each counting the same, however many queries it has")
 
@@ -189,12 +191,15 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
     tokenize, exclude = getattr(embedder, "tokenize", split_words), not options.keep_identical_ids
     if tokenize is split_words:
         print("bm25 uses words, since the model's tokens are not known", file=sys.stderr)
-    run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth, exclude_identical_ids=exclude)
-    found = {BM25: (run, {"index": "bm25", "tokens": "words" if tokenize is split_words else "the encoder's"})}
+    how = {"tokenize": tokenize, "depth": options.depth, **options.bm25_given()}
+    run = embedft.bm25_run(dataset, exclude_identical_ids=exclude, **how)
+    tokens = "words" if tokenize is split_words else "the encoder's"
+    found = {BM25: (run, {"index": "bm25", "tokens": tokens, **options.bm25_setting()})}
     if options.fuse:
         weight = options.fuse_weight
         fused = embedft.fuse([run, report.run], method="zscore", weights=(weight, 1 - weight), depth=options.depth)
-        found[FUSED] = fused, {"index": "fused", "method": "zscore", "bm25_weight": weight}
+        said = {"index": "fused", "method": "zscore", "bm25_weight": weight, **options.bm25_setting()}
+        found[FUSED] = fused, said
     reports = {name: embedft.evaluate_run(run, dataset, **options.measures) for name, (run, _) in found.items()}
     return {name: dataclasses.replace(r, setting={**found[name][1], **r.setting}) for name, r in reports.items()}
 

@@ -80,6 +80,23 @@ class Windows:
     passages: list[int] | None = option(None, "windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE ...")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bm25:
+    """Terms and weights of BM25."""
+
+    bm25_ngram: int = option(1, "terms are runs of 1 to N tokens; 2: tokens and pairs of neighbours", least=1)
+    bm25_k1: float = option(1.5, "how much repetition of a term counts", least=0)
+    bm25_b: float = option(0.75, "how much length is penalized", least=0, most=1)
+
+    def bm25_setting(self) -> dict[str, Any]:
+        """What a report's setting records: the options that are not at their defaults."""
+        return {x.name: getattr(self, x.name) for x in fields(Bm25) if getattr(self, x.name) != x.default}
+
+    def bm25_given(self) -> dict[str, Any]:
+        """The same as arguments of `bm25_run` and `Bm25Index`."""
+        return {name.removeprefix("bm25_"): value for name, value in self.bm25_setting().items()}
+
+
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":
     """Loads a command's model, on its device and with its prompts; openai:MODEL becomes an `ApiEmbedder`."""
     given = {"query": options.query_prompt, "document": options.document_prompt}

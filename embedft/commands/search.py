@@ -14,19 +14,19 @@ from pathlib import Path
 
 import embedft
 
-from ..config import REQUIRED, check_at_most_one, option
+from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.run import Run
 from ..retrieval.windows import make_window_span
-from .options import Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs, source_kind
+from .options import Adapted, Bm25, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs, source_kind
 
 FUSED_DEPTH = 100  # documents per run that are standardized and fused
 SHOWN_LINES, WIDEST = 4, 100  # of the start of a document; windows and --full are shown whole
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Adapted, Windows, Data):
+class Options(Adapted, Windows, Bm25, Data):
     data: str = option(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
     question: str | None = option(None, "else read from stdin, one per line", metavar="[QUESTION]", positional=True)
     depth: int = option(5, "documents to show", least=1)
@@ -36,6 +36,8 @@ class Options(Adapted, Windows, Data):
 
     def __post_init__(self):
         check_at_most_one(self, "full", "json")
+        if not self.hybrid and (given := changed(self, self.bm25_setting())):
+            raise ValueError(f"{given[0]} needs --hybrid")
         if self.question is not None and not self.question.strip():
             raise ValueError("the question is empty")
 
@@ -47,7 +49,7 @@ def run(options: Options) -> None:
     depth = max(options.depth, FUSED_DEPTH) if options.hybrid else options.depth
     searcher = embedft.Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=passages)
     texts, tokenize = dict(sorted(dataset.texts.items())), getattr(embedder, "tokenize", split_words)
-    bm25 = Bm25Index(tokenize(list(texts.values()))) if options.hybrid else None
+    bm25 = Bm25Index(tokenize(list(texts.values())), **options.bm25_given()) if options.hybrid else None
     window_text = make_window_text(embedder, passages) if passages else None
     for number, question in enumerate(_questions(options)):
         found = searcher.search([question])

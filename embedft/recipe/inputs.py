@@ -76,7 +76,7 @@ def taught(job: Job) -> dict[str, RetrievalDataset]:
         store = lists / "vectors"  # so that none is paid for twice
 
     def find() -> tuple[dict[str, tuple[dict, dict, dict]], dict[str, int]]:
-        options = {name: getattr(settings, name) for name in ("passages", "scale", "api")}
+        options = {name: getattr(settings, name) for name in ("passages", "scale", "api", "bm25")}
         teacher = load_teacher(models, device=student.device, store=store, **options)
         how = {name: getattr(settings, name) for name in ("depth", "ranking", "relabel")}
         how |= {name.removeprefix("mine_"): getattr(config, name) for name in MARGINS}

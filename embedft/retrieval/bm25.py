@@ -1,6 +1,6 @@
-"""BM25 in NumPy, over the encoder's own tokens or words: no stemming, no stop words.
+"""BM25 in NumPy, over the encoder's own tokens or words, alone or with runs of neighbours: no stemming, no stop words.
 
-    run = bm25_run(dataset, tokenize=embedder.tokenize)
+    run = bm25_run(dataset, tokenize=embedder.tokenize, ngram=2)
     scores, rows = Bm25Index(embedder.tokenize(documents)).search(embedder.tokenize(questions), depth=100)
 
 Shapes: N documents, V terms, P postings (a term in a document), Q queries, K = min(depth, N) results.
@@ -21,48 +21,60 @@ from ..progress import progress_bar
 from .run import Run
 
 Token = int | str
+Term = Token | tuple[Token, ...]
 Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
 
 
 class Bm25Index:
     """An inverted index over tokenized documents, which may come from a generator.
 
-    score(query, document) = sum over the query's tokens t, repetitions included, of
+    score(query, document) = sum over the query's terms t, repetitions included, of
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
-    tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
-    how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to 1. There is no factor
-    k1 + 1, and scores are never negative. To bound memory, `slice_tokens` tokens are sorted at a time.
+    Terms: tokens and, with `ngram` above 1, each run of 2 to `ngram` neighbouring tokens. tf: occurrences of t in the
+    document; n: how many of the N documents contain t; length: the document's terms, so that T tokens have length
+    2 T - 1 with pairs; k1: how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to
+    1. There is no factor k1 + 1, and scores are never negative. To bound memory, runs are made for one document at a
+    time, and `slice_terms` terms are sorted at a time.
 
     Source: Robertson et al., "Okapi at TREC-3"; Kamphuis et al., "Which BM25 Do You Mean?", 2020: Lucene (accurate)."""
 
     def __init__(
-        self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75, slice_tokens: int = 1 << 20
+        self,
+        documents: Iterable[Sequence[Token]],
+        *,
+        ngram: int = 1,
+        k1: float = 1.5,
+        b: float = 0.75,
+        slice_terms: int = 1 << 20,
     ):
+        if not isinstance(ngram, int) or ngram < 1:
+            raise ValueError(f"BM25: ngram is {ngram}, expected a whole number of at least 1")
         if not (0 <= k1 < math.inf and 0 <= b <= 1):
             raise ValueError(f"BM25: k1 is {k1} and b is {b}, expected k1 of at least 0 and b of 0 to 1")
-        terms: defaultdict[Token, int] = defaultdict()
-        terms.default_factory = terms.__len__
-        lengths, tokens, parts, first_row = array("q"), array("q"), [], 0
+        numbers: defaultdict[Term, int] = defaultdict()
+        numbers.default_factory = numbers.__len__
+        lengths, terms, parts, first_row = array("q"), array("q"), [], 0
         for row, document in enumerate(documents):
-            tokens.extend(map(terms.__getitem__, document))
-            lengths.append(len(document))
-            if len(tokens) >= slice_tokens:
-                parts.append(_postings(tokens, lengths, first_row))
-                tokens, first_row = array("q"), row + 1
+            found = with_runs(document, ngram)
+            terms.extend(map(numbers.__getitem__, found))
+            lengths.append(len(found))
+            if len(terms) >= slice_terms:
+                parts.append(_postings(terms, lengths, first_row))
+                terms, first_row = array("q"), row + 1
         if not lengths:
             raise ValueError("BM25: no documents")
-        parts.append(_postings(tokens, lengths, first_row))
+        parts.append(_postings(terms, lengths, first_row))
         num_documents, lengths_N = len(lengths), np.array(lengths)
         term_P, rows_P, counts_P = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         order_P = np.argsort(term_P, kind="stable")  # rows are ascending already
         rows_P, counts_P = rows_P[order_P], counts_P[order_P]
-        frequency_V = np.bincount(term_P, minlength=len(terms))
+        frequency_V = np.bincount(term_P, minlength=len(numbers))
         idf_V = np.log1p((num_documents - frequency_V + 0.5) / (frequency_V + 0.5))
         mean_length = max(lengths_N.sum(), 1) / num_documents
         norm_N = k1 * (1 - b + b * lengths_N / mean_length)
         weights_P = np.repeat(idf_V, frequency_V) * counts_P / (counts_P + norm_N[rows_P])
-        self.num_documents, self.terms = num_documents, dict(terms)
+        self.num_documents, self.ngram, self.terms = num_documents, ngram, dict(numbers)
         self.starts_V = np.append(0, np.cumsum(frequency_V))  # int64 [V + 1], where each term's postings begin
         self.rows_P = rows_P  # int32, the document of each posting, ascending within a term
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
@@ -89,7 +101,8 @@ class Bm25Index:
         return scores_N.astype(np.float32)
 
     def _score(self, query: Sequence[Token], scores_N: np.ndarray) -> None:
-        numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
+        found = [self.terms[term] for term in with_runs(query, self.ngram) if term in self.terms]
+        numbers = np.array(found, dtype=np.int64)
         scores_N.fill(0)
         # Added in order of term numbers, so that the order of words does not change the score in any bit.
         for term, count in zip(*np.unique(numbers, return_counts=True), strict=True):
@@ -97,12 +110,20 @@ class Bm25Index:
             scores_N[self.rows_P[postings]] += int(count) * self.weights_P[postings]
 
 
-def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def with_runs(tokens: Sequence[Token], ngram: int) -> Sequence[Term]:
+    """The tokens, then, as tuples, each two neighbours, and so on up to `ngram` neighbours."""
+    if ngram == 1:
+        return tokens
+    runs = (run for size in range(2, ngram + 1) for run in zip(*(tokens[i:] for i in range(size)), strict=False))
+    return [*tokens, *runs]
+
+
+def _postings(terms: array, lengths: array, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Term, row and count of each posting, given the term numbers of all documents from `first_row` on."""
     lengths_N = np.array(lengths[first_row:])
     # A term and a document as one integer: a single sort collects the occurrences of each pair.
     width = max(len(lengths_N), 1)
-    key_T = np.array(tokens) * width + np.repeat(np.arange(len(lengths_N)), lengths_N)
+    key_T = np.array(terms) * width + np.repeat(np.arange(len(lengths_N)), lengths_N)
     key_P, counts_P = np.unique(key_T, return_counts=True)
     term_P, row_P = np.divmod(key_P, width)
     return term_P.astype(np.int32), (first_row + row_P).astype(np.int32), counts_P.astype(np.int32)
@@ -140,14 +161,22 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 
 
 def bm25_run(
-    dataset: RetrievalDataset, *, tokenize: Tokenize = split_words, depth: int = 100, exclude_identical_ids: bool = True
+    dataset: RetrievalDataset,
+    *,
+    tokenize: Tokenize = split_words,
+    ngram: int = 1,
+    k1: float = 1.5,
+    b: float = 0.75,
+    depth: int = 100,
+    exclude_identical_ids: bool = True,
 ) -> Run:
     """Ranks a dataset's corpus, titles included, for each of its queries; ties by ascending document id.
-    `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found."""
+    `tokenize` maps texts to lists of tokens; `ngram`, `k1` and `b` are those of `Bm25Index` (2: tokens and pairs).
+    Documents that share no term with a query are not found. Raises `ValueError` for values out of range."""
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
     document_ids, texts = zip(*sorted(dataset.texts.items()), strict=True)
-    index = Bm25Index(_tokens(tokenize, texts))
+    index = Bm25Index(_tokens(tokenize, texts), ngram=ngram, k1=k1, b=b)
     queries = list(_tokens(tokenize, list(dataset.queries.values())))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
     run = Run(list(dataset.queries), list(document_ids), rows_QK, scores_QK)

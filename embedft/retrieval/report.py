@@ -60,11 +60,14 @@ class Report:
 
     @property
     def name(self) -> str:
-        """What was evaluated: `model_name`, and what is unusual about the search: "m + windows 128/64 + dim 64"."""
+        """What was evaluated: `model_name`, and what is unusual about the search: "m + windows 128/64 + dim 64",
+        "bm25 + ngram 2"."""
         passages, dim, precision, index = map(self.setting.get, ("passages", "dim", "precision", "index"))
         parts = [self.model_name, f"windows {windows_name(passages)}" if passages else ""]
         parts.append(f"dim {dim}" if dim != self.setting.get("model_dim", dim) else "")
         parts += [str(x) for x in (precision, index) if x not in (None, "float32", "flat", self.model_name)]
+        of_bm25 = [(name, self.setting.get(f"bm25_{name}")) for name in ("ngram", "k1", "b")]
+        parts += [f"{name} {value:g}" for name, value in of_bm25 if value is not None]
         return " + ".join(filter(None, parts))
 
     @cached_property

@@ -135,6 +135,8 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     found, rows = iter(comparisons), []
     for report in reports:
         row = {**report.setting, **report.costs, metric: report.metrics[metric]}
+        if row.get("index") and not row.get("dim"):  # BM25, say
+            row["index"] = report.name
         row["passages"] = windows_name(row.get("passages") or ()) or ("whole" if row.get("dim") else None)
         if report is not base:
             row |= vars(next(found))

@@ -11,13 +11,14 @@ Shapes: Q queries, G documents listed for one, W windows (one of each document w
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
+from ..config import from_dict, option
 from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import ROLES
 from ..encoders.classifier import is_classifier
@@ -119,12 +120,18 @@ class Pairs:
         return self.scorer.sha256()
 
 
+@dataclass(frozen=True)
 class Words:
-    """BM25 over words (bm25.py); 0 for a document without any of the query's."""
+    """BM25 over words, with the options of `Bm25Index`; 0 for a document without any of the query's terms."""
+
+    ngram: int = option(1, "terms are runs of 1 to N words", least=1)
+    k1: float = option(1.5, "how much repetition of a term counts", least=0)
+    b: float = option(0.75, "how much length is penalized", least=0, most=1)
 
     def scoring(self, dataset: RetrievalDataset, listed: Listed) -> Callable[[Listed], Scores]:
         """See `Part`."""
-        index, row = Bm25Index(split_words(list(dataset.texts.values()))), {i: n for n, i in enumerate(dataset.texts)}
+        index = Bm25Index(split_words(list(dataset.texts.values())), **asdict(self))
+        row = {i: n for n, i in enumerate(dataset.texts)}
 
         def score(query_id: str, document_ids: Sequence[str]) -> dict[str, float]:
             scores_N = index.score(split_words([dataset.queries[query_id]])[0])
@@ -134,11 +141,11 @@ class Words:
 
     def search(self, dataset: RetrievalDataset, depth: int) -> Run:
         """See `Part`."""
-        return bm25_run(dataset, depth=depth)
+        return bm25_run(dataset, depth=depth, **asdict(self))
 
     def sha256(self) -> str:
         """See `Part`."""
-        return fingerprint([], {}, functions=[Bm25Index, split_words])
+        return fingerprint([], asdict(self), functions=[Bm25Index, split_words])
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +218,7 @@ def load_teacher(
     device: torch.device | str | None = None,
     store: Store | str | Path | None = None,
     api: Mapping[str, Any] | None = None,
+    bm25: Mapping[str, Any] | None = None,
 ) -> Teacher:
     """A Teacher from {model: weight}, or from one model.
 
@@ -222,16 +230,19 @@ def load_teacher(
         scale: see `Teacher`.
         device, store: as for `load_embedder`; the store keeps vectors, so that none is computed or paid for twice.
         api: options of `EndpointConfig` for models behind an API, such as price and max_cost.
+        bm25: options of `Words`: ngram, k1, b.
 
-    Raises `ValueError` for a model that does not load, or a weight that is not above 0."""
+    Raises `ValueError` for a model that does not load, a weight that is not above 0, or an option that nothing uses."""
     weights = {models: 1.0} if isinstance(models, str) else dict(models)
-    api = dict(api or {})
+    api, words = dict(api or {}), from_dict(Words, dict(bm25 or {}), "teacher: bm25: ")
+    if bm25 and BM25 not in weights:
+        raise ValueError(f"teacher: bm25 is {dict(bm25)}, but the models are {', '.join(weights)}")
     if api and not any(name.startswith(API_PREFIX) for name in weights):
         raise ValueError(f"teacher: api is {api}, but no model begins with {API_PREFIX}")
 
     def load(name: str) -> Part:
         if name == BM25:
-            return Words()
+            return words
         if name.startswith(API_PREFIX):
             return Vectors(load_embedder(name, store=store, **api))
         values = read_fields(find_folder(name) / CONFIG_FILE)

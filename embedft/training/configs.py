@@ -74,6 +74,7 @@ class TeacherConfig:
     scale: Literal["zscore", "raw"] = option("zscore", "of scores: z-scores over each list, or as the models give them")
     relabel: float | None = option(None, "make what scores this much below a positive, or more, a positive [nothing]")
     api: dict[str, Any] = option({}, "options for models behind an API: price, max_cost, ...")
+    bm25: dict[str, Any] = option({}, "options of bm25: ngram (2: words and pairs), k1, b")
 
     def __post_init__(self):
         check_types(type(self), vars(self))
@@ -118,7 +119,7 @@ class FinetuneConfig(TrainConfig):
     freeze_below: int | None = option(None, "train neither the embeddings nor the layers before this one", least=0)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = option({}, "frozen models: guide, teacher or base; null: MODEL before training")
-    teacher: dict[str, Any] = option({}, "scores lists first: models, depth, ranking, passages, scale, relabel, api")
+    teacher: dict[str, Any] = option({}, "scores lists: models, depth, ranking, passages, scale, relabel, api, bm25")
 
     def __post_init__(self):
         super().__post_init__()
