@@ -7,8 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 BLOCKS, BLOCK = 8, 24 << 20  # bytes: on the heap, and more than glibc keeps of itself when three are free
-# In a process of its own, whose heap is not in pieces yet. Prints how many bytes of new pages four rounds took after the
-# first one, and the resident memory inside and after the context.
+# In a process of its own, whose heap is not in pieces yet. Prints how many bytes of new pages 16 rounds took after the
+# first, and the resident memory inside and after the context.
 SCRIPT = """
 import resource, sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def resident():
 with reusing_memory(torch.device(sys.argv[1])):
     use_blocks()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    for _ in range(16):
         use_blocks()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * page, resident())
 print(resident())
@@ -42,11 +42,10 @@ def used(device: str) -> list[int]:
 
 def test_freed_memory_serves_the_next_tensors_and_goes_back_afterwards():
     new_pages, inside, afterwards = used("cpu")
-    assert new_pages < 2 * BLOCK  # of 4 * BLOCKS
+    assert new_pages < BLOCKS * BLOCK  # one round's, of 16
     assert afterwards < inside - 6 * BLOCK
 
 
 def test_other_devices_keep_their_own():
-    new_pages, inside, _ = used("cuda")
-    assert new_pages > 2 * BLOCKS * BLOCK
-    assert inside < used("cpu")[1] - 4 * BLOCK
+    new_pages, *_ = used("cuda")
+    assert new_pages > 1.5 * BLOCKS * BLOCK
