@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from api_server import ApiServer
 from naming import names, naming
 
 from benchmarks.workers import Worker, alternate, ratios, spread
-from embedft import RetrievalDataset, load_embedder
+from embedft import RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
 from embedft.progress import progress_bar
 from experiments.repro_10k_pages import first_and_rest
 from experiments.sources import find_data
@@ -90,6 +91,31 @@ def test_the_lyft_uber_reproduction(tmp_path):
     written = log.stat().st_mtime_ns
     assert run("experiments.repro_finetune_lyft_uber", *options, folder=tmp_path).stdout == done.stdout
     assert log.stat().st_mtime_ns == written  # nothing was trained again
+
+
+@pytest.mark.slow
+def test_the_best_recipe_for_lyft_and_uber(tmp_path):
+    for name, pairs in (("train_dataset.json", PAIRS[:6]), ("val_dataset.json", PAIRS)):
+        queries = {f"q{i}": question for i, (question, _) in enumerate(pairs)}
+        corpus = {f"d{i}": context for i, (_, context) in enumerate(pairs)}
+        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}).save(tmp_path / name)
+    options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs")
+    done = run("experiments.lyft_uber_best", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): cells[2:] for line in done.stdout.splitlines() if len(cells := line.split("|")) > 2}
+    place = tmp_path / "runs" / "sentence-transformers--all-MiniLM-L6-v2"
+    uber = RetrievalDataset.load(tmp_path / "val_dataset.json")
+    models = [load_embedder(place / name) for name in ("s3/model", "s4/model", "mean-3-4")]
+    for name, weight in models[2].state_dict().items():
+        torch.testing.assert_close(weight, (models[0].state_dict()[name] + models[1].state_dict()[name]) / 2)
+    report = evaluate(models[2], uber, passages=(128, 64, 64, 32))
+    assert rows["mean of weights"][1].strip() == f"{report.metrics['mrr@10']:.4f}"
+    bm25 = bm25_run(uber, tokenize=models[2].tokenize, ngram=2)
+    fused = evaluate_run(fuse([bm25, report.run], method="zscore", weights=(0.5, 0.5)), uber)
+    assert rows["mean of weights, fused"][1].strip() == f"{fused.metrics['mrr@10']:.4f}"
+    written = (place / "s3" / "train.jsonl").stat().st_mtime_ns
+    assert run("experiments.lyft_uber_best", *options, folder=tmp_path).stdout == done.stdout
+    assert (place / "s3" / "train.jsonl").stat().st_mtime_ns == written  # nothing was trained again
 
 
 @pytest.mark.slow

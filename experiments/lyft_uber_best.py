@@ -1,0 +1,124 @@
+"""Our best recipe for Lyft/Uber: trains on questions about Lyft's 10-K in windows, measures on those about Uber's.
+
+Training: windows of 128 tokens, one every 64, up to four per chunk; batch 32, 3 epochs, lr 3e-5, in-batch negatives at
+temperature 0.03; the last weights. Search: the mean of a chunk's best windows of 128 tokens and of 64, one every 32,
+alone or in z-score fusion, each with a weight of one half, with BM25 over tokens and pairs of neighbours. "Mean of
+weights": one model with the average of all seeds' weights. What is fixed here was chosen on Lyft (LOG.md); nothing is
+chosen on Uber.
+
+    python -m experiments.lyft_uber_best --seeds 0 1 2
+
+Finished seeds are not trained again, and killed ones resume.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from embedft import (
+    Embedder,
+    FinetuneConfig,
+    Report,
+    RetrievalDataset,
+    Run,
+    bm25_run,
+    evaluate,
+    evaluate_run,
+    finetune,
+    fuse,
+    load_embedder,
+)
+from embedft.retrieval.tables import format_table
+from embedft.training.merging import soup
+from embedft.training.run_folder import DONE, MODEL
+
+from .commandline import make_parser, run
+from .report import compare_recipes, difference_cells
+from .repro_finetune_lyft_uber import MAX_LENGTH
+from .sources import find_data
+
+METRICS = ("hit_rate@5", "mrr@10", "map@100")
+COMPARED = "mrr@10"
+TRAINED, SEARCHED = [128, 64], (128, 64, 64, 32)
+BM25_WEIGHT = 0.5
+
+
+def main(options: argparse.Namespace) -> None:
+    folder = find_data("lyft_uber", options.data)
+    lyft, uber = (RetrievalDataset.load(folder / name) for name in ("train_dataset.json", "val_dataset.json"))
+    out = Path(options.out) / options.base.strip("/").replace("/", "--")
+    tuned = [train(options.base, lyft, seed, options.precision, out / f"s{seed}") for seed in options.seeds]
+    mean = out / f"mean-{'-'.join(map(str, options.seeds))}"
+    if not mean.exists():
+        soup(list(map(load_embedder, tuned))).save(mean)
+    dtype = {"dtype": getattr(torch, options.dtype)}
+    base = load_embedder(options.base, max_length=MAX_LENGTH, **dtype)
+    bm25 = bm25_run(uber, tokenize=base.tokenize, ngram=2)
+    models = {"untrained": [base], "fine-tuned": tuned, "mean of weights": [mean]}
+    reports = {name: [measured(model, uber, **dtype) for model in found] for name, found in models.items()}
+    fused = {f"{name}, fused": [fused_with(bm25, report, uber) for report in found] for name, found in reports.items()}
+    print(format_recipes(reports | fused))
+    print(
+        f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}; fine-tuned: mean ± "
+        f"standard deviation over seeds {', '.join(map(str, options.seeds))},\ntrained in {options.precision}, "
+        f"measured in {options.dtype}. Differences from the untrained model, alone or fused; intervals\nand p-values "
+        f"are for new questions and, of fine-tuned, new seeds; questions are clustered by document."
+    )
+
+
+def train(base: str, dataset: RetrievalDataset, seed: int, precision: str, out: Path) -> Path:
+    """The folder of the model of one seed, trained unless its run folder is done."""
+    if (out / DONE).exists():
+        return out / MODEL
+    config = FinetuneConfig(
+        epochs=3,
+        batch_size=32,
+        lr=3e-5,
+        warmup=0.1,
+        max_length=MAX_LENGTH,
+        passages=TRAINED,
+        loss={"name": "in_batch_negatives", "temperature": 0.03},
+        precision=precision,
+        seed=seed,
+        checkpoint_every=25,
+    )
+    finetune(load_embedder(base, max_length=MAX_LENGTH), dataset, config, out=out, existing="resume")
+    return out / MODEL
+
+
+def measured(model: Embedder | Path, dataset: RetrievalDataset, **how: torch.dtype) -> Report:
+    """The report of a search by windows of both sizes."""
+    model = load_embedder(model, **how) if isinstance(model, Path) else model
+    return evaluate(model, dataset, passages=SEARCHED)
+
+
+def fused_with(bm25: Run, report: Report, dataset: RetrievalDataset) -> Report:
+    """The report of the fusion of BM25's run with the report's."""
+    weights = (BM25_WEIGHT, 1 - BM25_WEIGHT)
+    return evaluate_run(fuse([bm25, report.run], method="zscore", weights=weights), dataset)
+
+
+def format_recipes(reports: dict[str, Sequence[Report]]) -> str:
+    """A table of each recipe's metrics, and of its difference from the untrained model, alone or fused."""
+    rows = []
+    for name, found in reports.items():
+        values = [[report.metrics[metric] for report in found] for metric in METRICS]
+        spread = [f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else "" for x in values]
+        base = reports["untrained, fused" if name.endswith("fused") else "untrained"]
+        difference = ["", "", ""] if found is base else difference_cells(compare_recipes(base, found, metric=COMPARED))
+        rows.append([name, *(f"{np.mean(x):.4f}{more}" for x, more in zip(values, spread, strict=True)), *difference])
+    return format_table(["Uber", *METRICS, f"difference, {COMPARED}", "95% interval", "p-value"], rows)
+
+
+if __name__ == "__main__":
+    parser = make_parser("experiments.lyft_uber_best", __doc__)
+    parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
+    precisions = ("float32", "bfloat16")
+    parser.add_argument("--precision", default="float32", choices=precisions, help="of training [%(default)s]")
+    parser.add_argument("--dtype", default="float32", choices=precisions, help="of weights measured [%(default)s]")
+    parser.add_argument("--out", default="runs/lyft_uber_best", metavar="DIR", help="[%(default)s]")
+    run(main, parser)
