@@ -3,10 +3,12 @@
 Training: windows of 128 tokens, one every 64, up to four per chunk; batch 32, 3 epochs, lr 3e-5, in-batch negatives at
 temperature 0.03; the last weights. Search: the mean of a chunk's best windows of 128 tokens and of 64, one every 32,
 alone or in z-score fusion, each with a weight of one half, with BM25 over tokens and pairs of neighbours. "Mean of
-weights": one model with the average of all seeds' weights. What is fixed here was chosen on Lyft (LOG.md); nothing is
-chosen on Uber.
+weights": one model with the average of all seeds' weights. Sizes of windows and pairs were chosen on Lyft, the weight
+of one half before any look at Uber. The recipe of training was known by its score on Uber, and three earlier looks said
+what to try (LOG.md).
 
     python -m experiments.lyft_uber_best --seeds 0 1 2
+    python -m experiments.lyft_uber_best --precision bfloat16 --dtype bfloat16      # faster with AMX
 
 Finished seeds are not trained again, and killed ones resume.
 """

@@ -19,14 +19,16 @@ def hidden_states(encoder, sequences) -> list[torch.Tensor]:
         return list(encoder(pack(sequences)).split([len(ids) for ids in sequences]))
 
 
+# A product of fewer rows may add in another order, and each layer adds to the difference: MKL's 8.7e-6 for Gemma 3.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=["64", "32"])
 @every_family
-def test_packed_is_one_at_a_time(model_type):
-    encoder = tiny_encoder(model_type)
+def test_packed_is_one_at_a_time(model_type, dtype, tolerance):
+    encoder = tiny_encoder(model_type).to(dtype)
     together = hidden_states(encoder, SEQUENCES)
     for sequence, found in zip(SEQUENCES, together, strict=True):
         (alone,) = hidden_states(encoder, [sequence])
         assert found.shape == (len(sequence), encoder.config.hidden_size)
-        assert (found - alone).abs().max() <= 1e-6 * max(1.0, alone.abs().max().item())
+        assert (found - alone).abs().max() <= tolerance * max(1.0, alone.abs().max().item())
 
 
 @every_family
