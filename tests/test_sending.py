@@ -329,7 +329,7 @@ def test_what_is_refused_for_its_rate_with_nothing_else_in_flight_is_too_large(l
     assert sizes.count(2) == sizes.count(1) + 40 == 40
     if concurrency == 1:
         assert sizes[:3] == [8, 8, 8]
-        assert 4 in sizes[3:6]  # by chance, waiting jobs may go before a half
+        assert 4 in sizes[3:13]  # by chance, the other nine jobs may go before a half
     assert all(form == "a" for form, _ in server.sent)
 
 
