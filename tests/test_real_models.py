@@ -89,7 +89,8 @@ def test_bert_with_a_head_and_the_names_of_2018(tmp_path):
 
 
 @pytest.mark.slow
-def test_minilm_on_scifact_is_as_published(minilm, shared_data):
-    """MTEB's results for all-MiniLM-L6-v2: nDCG@10 0.645."""
-    report = evaluate(minilm, RetrievalDataset.load(shared_data / "beir" / "scifact"), metrics=["ndcg@10"])
+def test_minilm_on_scifact_is_as_published(shared_data):
+    """MTEB's results for all-MiniLM-L6-v2: nDCG@10 0.645; in bfloat16, where that is faster, 0.6443."""
+    embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2", device="cpu", dtype="auto")
+    report = evaluate(embedder, RetrievalDataset.load(shared_data / "beir" / "scifact"), metrics=["ndcg@10"])
     assert report.metrics["ndcg@10"] == pytest.approx(0.645, abs=0.002)
