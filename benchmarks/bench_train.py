@@ -12,8 +12,6 @@ hidden activations). The peer `embedft-float32` shows what another --precision g
 """
 
 import argparse
-import contextlib
-import ctypes
 import dataclasses
 import json
 import tempfile
@@ -39,7 +37,6 @@ from .bench_encode import DATA, is_own, load_base, start_workers
 from .suite import Row, make_parser, matrix_rate, measure, published, require_close
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.05}
-ARENA_MAX = -8  # of mallopt, from malloc.h
 LORA, MINI_BATCH_TOKENS = {"rank": 8, "alpha": 16}, 2_048
 
 
@@ -70,8 +67,6 @@ class Ours:
         self.out = f"{out}-{name}"
         self.may, self.did, self.error = threading.Semaphore(0), threading.Semaphore(0), None
         self.records: list[dict[str, Any]] = []
-        with contextlib.suppress(AttributeError):  # glibc: the thread allocates where a main thread does
-            ctypes.CDLL(None).mallopt(ARENA_MAX, 1)
         threading.Thread(target=self._train, daemon=True).start()
 
     def _train(self) -> None:

@@ -4,9 +4,7 @@ import contextlib
 import itertools
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -82,8 +80,8 @@ def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN is faster for float32 matrix products in training than the BLAS that torch was built with: not on
     Intel's CPUs. MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN has 370
     for [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21). On a Xeon with AMX
-    they are equally fast forward, but for gradients of weights oneDNN has 117, MKL 190 GFLOP/s (median of four shapes
-    with 6,640 tokens, two cores, 2026-12-01)."""
+    they are equally fast forward, but for gradients of weights oneDNN has 115 to 119 GFLOP/s, MKL 180 to 215 (medians
+    of four shapes with 6,640 tokens, two runs, two cores, 2026-12-01)."""
     return _multiplies_in_onednn(device, dtype) and not _HAS_FAST_BLAS
 
 
@@ -337,9 +335,8 @@ def reset_peak_memory(device: torch.device | str) -> None:
     """Forgets the peak so far, where the system can: CUDA devices, and processes on Linux."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with contextlib.suppress(OSError):  # not allowed in some containers
-            Path("/proc/self/clear_refs").write_text("5")
+    elif torch.device(device).type == "cpu":
+        heap.reset_peak()
 
 
 def describe(device: torch.device) -> str:

@@ -19,27 +19,24 @@ MOST_KEPT = 2**31 - 1  # bytes, of which an int holds no more
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """In this block, glibc keeps freed memory for the next tensors instead of returning the end of its heap to the
-    system, which fills every new page with zeros. That took 0.85 of 3.2 s of CPU time of a step of Lyft's recipe in
-    bfloat16 (a Xeon with AMX, torch 2.13.0, 2026-12-01). Afterwards, glibc keeps twice `LARGEST`, as it does by itself
-    once a block of that size was freed."""
-    _mallopt(MMAP_THRESHOLD, LARGEST)
-    _mallopt(TRIM_THRESHOLD, MOST_KEPT)
+    system, which fills every new page with zeros (experiments/LOG.md, 2026-12-01, has what that costs). Afterwards,
+    glibc keeps twice `LARGEST`, as it does by itself once a block of that size was freed."""
+    _glibc("mallopt", MMAP_THRESHOLD, LARGEST)
+    _glibc("mallopt", TRIM_THRESHOLD, MOST_KEPT)
     try:
         yield
     finally:
-        _mallopt(TRIM_THRESHOLD, 2 * LARGEST)
+        _glibc("mallopt", TRIM_THRESHOLD, 2 * LARGEST)
         trim()
 
 
 def trim() -> None:
     """Returns free memory to the system, also from between blocks in use."""
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+    _glibc("malloc_trim", 0)
 
 
 def peak_resident_bytes() -> int:
-    """Peak of the memory that the system gave this process."""
+    """Peak of the memory that the system gave this process, or since `reset_peak`."""
     if sys.platform == "linux":  # getrusage would also count the parent process's peak
         with contextlib.suppress(OSError, KeyError):  # not there in some sandboxes
             status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -50,7 +47,14 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _mallopt(option: int, value: int) -> None:
+def reset_peak() -> None:
+    """Forgets the peak so far, on Linux."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # not allowed in some containers
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _glibc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(option, value)
+            getattr(ctypes.CDLL(None), function)(*arguments)

@@ -14,37 +14,34 @@ Finished seeds are not trained again, and killed ones resume.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from embedft import (
-    Embedder,
-    FinetuneConfig,
-    Report,
-    RetrievalDataset,
-    Run,
-    bm25_run,
-    evaluate,
-    evaluate_run,
-    finetune,
-    fuse,
-    load_embedder,
-)
+from embedft import Report, RetrievalDataset, Run, bm25_run, evaluate, evaluate_run, fuse, load_embedder
 from embedft.retrieval.tables import format_table
 from embedft.training.merging import soup
-from embedft.training.run_folder import DONE, MODEL
+from embedft.training.run_folder import MODEL
 
 from .commandline import make_parser, run
 from .report import compare_recipes, difference_cells
-from .repro_finetune_lyft_uber import MAX_LENGTH
+from .repro_finetune_lyft_uber import MAX_LENGTH, train_seed
 from .sources import find_data
 
 METRICS = ("hit_rate@5", "mrr@10", "map@100")
 COMPARED = "mrr@10"
-TRAINED, SEARCHED = [128, 64], (128, 64, 64, 32)
+RECIPE = {
+    "epochs": 3,
+    "batch_size": 32,
+    "lr": 3e-5,
+    "weight_decay": 0.0,
+    "warmup": 0.1,
+    "passages": [128, 64],
+    "loss": {"name": "in_batch_negatives", "temperature": 0.03},
+}
+SEARCHED = (128, 64, 64, 32)
 BM25_WEIGHT = 0.5
 
 
@@ -52,17 +49,25 @@ def main(options: argparse.Namespace) -> None:
     folder = find_data("lyft_uber", options.data)
     lyft, uber = (RetrievalDataset.load(folder / name) for name in ("train_dataset.json", "val_dataset.json"))
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
-    tuned = [train(options.base, lyft, seed, options.precision, out / f"s{seed}") for seed in options.seeds]
-    mean = out / f"mean-{'-'.join(map(str, options.seeds))}"
-    if not mean.exists():
-        soup(list(map(load_embedder, tuned))).save(mean)
-    dtype = {"dtype": getattr(torch, options.dtype)}
-    base = load_embedder(options.base, max_length=MAX_LENGTH, **dtype)
-    bm25 = bm25_run(uber, tokenize=base.tokenize, ngram=2)
-    models = {"untrained": [base], "fine-tuned": tuned, "mean of weights": [mean]}
-    reports = {name: [measured(model, uber, **dtype) for model in found] for name, found in models.items()}
-    fused = {f"{name}, fused": [fused_with(bm25, report, uber) for report in found] for name, found in reports.items()}
-    print(format_recipes(reports | fused))
+    folders, mean = [out / f"s{seed}" for seed in options.seeds], out / "mean"
+    trained = [
+        train_seed(options.base, lyft, seed, place, **RECIPE, precision=options.precision)
+        for seed, place in zip(options.seeds, folders, strict=True)
+    ]
+    soup(trained).save(mean)
+    models = {
+        "untrained": [options.base],
+        "fine-tuned": [place / MODEL for place in folders],
+        "mean of weights": [mean],
+    }
+    reports, bm25 = {}, None
+    for name, found in models.items():
+        loaded = [load_embedder(x, max_length=MAX_LENGTH, dtype=getattr(torch, options.dtype)) for x in found]
+        bm25 = bm25 or bm25_run(uber, tokenize=loaded[0].tokenize, ngram=2)
+        reports[name] = [evaluate(model, uber, passages=SEARCHED) for model in loaded]
+    fused = {f"{name}, fused": [fused_with(bm25, x, uber) for x in found] for name, found in reports.items()}
+    header = ["Uber", *METRICS, f"difference, {COMPARED}", "95% interval", "p-value"]
+    print(format_table(header, [*recipe_rows(reports), *recipe_rows(fused)]))
     print(
         f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}; fine-tuned: mean ± "
         f"standard deviation over seeds {', '.join(map(str, options.seeds))},\ntrained in {options.precision}, "
@@ -71,48 +76,22 @@ def main(options: argparse.Namespace) -> None:
     )
 
 
-def train(base: str, dataset: RetrievalDataset, seed: int, precision: str, out: Path) -> Path:
-    """The folder of the model of one seed, trained unless its run folder is done."""
-    if (out / DONE).exists():
-        return out / MODEL
-    config = FinetuneConfig(
-        epochs=3,
-        batch_size=32,
-        lr=3e-5,
-        warmup=0.1,
-        max_length=MAX_LENGTH,
-        passages=TRAINED,
-        loss={"name": "in_batch_negatives", "temperature": 0.03},
-        precision=precision,
-        seed=seed,
-        checkpoint_every=25,
-    )
-    finetune(load_embedder(base, max_length=MAX_LENGTH), dataset, config, out=out, existing="resume")
-    return out / MODEL
-
-
-def measured(model: Embedder | Path, dataset: RetrievalDataset, **how: torch.dtype) -> Report:
-    """The report of a search by windows of both sizes."""
-    model = load_embedder(model, **how) if isinstance(model, Path) else model
-    return evaluate(model, dataset, passages=SEARCHED)
-
-
 def fused_with(bm25: Run, report: Report, dataset: RetrievalDataset) -> Report:
     """The report of the fusion of BM25's run with the report's."""
     weights = (BM25_WEIGHT, 1 - BM25_WEIGHT)
     return evaluate_run(fuse([bm25, report.run], method="zscore", weights=weights), dataset)
 
 
-def format_recipes(reports: dict[str, Sequence[Report]]) -> str:
-    """A table of each recipe's metrics, and of its difference from the untrained model, alone or fused."""
+def recipe_rows(reports: Mapping[str, Sequence[Report]]) -> list[list[str]]:
+    """A row of each recipe's metrics, and of its difference from the first."""
+    base, *others = reports.values()
+    differences = [["", "", ""], *(difference_cells(compare_recipes(base, x, metric=COMPARED)) for x in others)]
     rows = []
-    for name, found in reports.items():
+    for (name, found), difference in zip(reports.items(), differences, strict=True):
         values = [[report.metrics[metric] for report in found] for metric in METRICS]
         spread = [f" ± {np.std(x, ddof=1):.4f}" if len(x) > 1 else "" for x in values]
-        base = reports["untrained, fused" if name.endswith("fused") else "untrained"]
-        difference = ["", "", ""] if found is base else difference_cells(compare_recipes(base, found, metric=COMPARED))
         rows.append([name, *(f"{np.mean(x):.4f}{more}" for x, more in zip(values, spread, strict=True)), *difference])
-    return format_table(["Uber", *METRICS, f"difference, {COMPARED}", "95% interval", "p-value"], rows)
+    return rows
 
 
 if __name__ == "__main__":

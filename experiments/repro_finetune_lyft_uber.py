@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from embedft import FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder
+from embedft import Embedder, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder
 from embedft.data.batches import make_batches
 from embedft.files import read_json
 from embedft.retrieval.tables import format_table
-from embedft.training.run_folder import DONE, ENVIRONMENT
+from embedft.training.run_folder import DONE, ENVIRONMENT, MODEL
 from embedft.training.train import OnStep
 
 from .commandline import make_parser, run
@@ -94,32 +94,35 @@ def finetune_seed(
     on_step: OnStep | None = None,
     **changes: Any,
 ) -> Report:
-    """Trains one seed, unless its run folder is done, and returns its report on `held_out`, saved as eval/`name`.
+    """Trains one seed as `train_seed` does, and returns its report on `held_out`, saved as eval/`name`.
+    The final weights are measured; nothing is chosen on `held_out`."""
+    report = evaluate(train_seed(base, train_set, seed, out, on_step=on_step, **changes), held_out)
+    report.save(out / "eval" / name)
+    return report
 
-    Settings as published in 2023, but for `changes`. The final weights are measured; nothing is chosen on `held_out`.
-    """
+
+def train_seed(
+    base: str, train_set: RetrievalDataset, seed: int, out: Path, *, on_step: OnStep | None = None, **changes: Any
+) -> Embedder:
+    """The model of one seed, trained unless its run folder is done, as published in 2023 but for `changes`."""
     if (out / DONE).exists():
         if read_json(out / ENVIRONMENT)["sha256"]["train"] != train_set.sha256():
             raise ValueError(f"{out}: holds a run on different training data; choose another --out")
-        embedder = load_embedder(out / "model")
-    else:
-        embedder = load_embedder(base, max_length=MAX_LENGTH)
-        num_steps = EPOCHS * len(make_batches(train_set, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
-        config = FinetuneConfig(
-            epochs=EPOCHS,
-            batch_size=BATCH_SIZE,
-            lr=2e-5,
-            weight_decay=0.01,
-            warmup=num_steps // 10,
-            max_length=MAX_LENGTH,
-            seed=seed,
-            checkpoint_every=25,
-        )
-        config = dataclasses.replace(config, **changes)
-        finetune(embedder, train_set, config, out=out, existing="resume", on_step=on_step)
-    report = evaluate(embedder, held_out)
-    report.save(out / "eval" / name)
-    return report
+        return load_embedder(out / MODEL)
+    embedder = load_embedder(base, max_length=MAX_LENGTH)
+    num_steps = EPOCHS * len(make_batches(train_set, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
+    config = FinetuneConfig(
+        epochs=EPOCHS,
+        batch_size=BATCH_SIZE,
+        lr=2e-5,
+        weight_decay=0.01,
+        warmup=num_steps // 10,
+        max_length=MAX_LENGTH,
+        seed=seed,
+        checkpoint_every=25,
+    )
+    config = dataclasses.replace(config, **changes)
+    return finetune(embedder, train_set, config, out=out, existing="resume", on_step=on_step)
 
 
 if __name__ == "__main__":

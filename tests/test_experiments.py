@@ -76,12 +76,17 @@ def test_quickstart_on_ones_own_data(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == report["metrics"]
 
 
-@pytest.mark.slow
-def test_the_lyft_uber_reproduction(tmp_path):
-    for name, pairs in (("train_dataset.json", PAIRS[:6]), ("val_dataset.json", PAIRS[6:])):
+def write_lyft_uber(folder: Path, train: list, held_out: list) -> None:
+    """Pairs of question and context in place of Lyft's and Uber's."""
+    for name, pairs in (("train_dataset.json", train), ("val_dataset.json", held_out)):
         queries = {f"q{i}": question for i, (question, _) in enumerate(pairs)}
         corpus = {f"d{i}": context for i, (_, context) in enumerate(pairs)}
-        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}).save(tmp_path / name)
+        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}).save(folder / name)
+
+
+@pytest.mark.slow
+def test_the_lyft_uber_reproduction(tmp_path):
+    write_lyft_uber(tmp_path, PAIRS[:6], PAIRS[6:])
     options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs")
     done = run("experiments.repro_finetune_lyft_uber", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -95,17 +100,14 @@ def test_the_lyft_uber_reproduction(tmp_path):
 
 @pytest.mark.slow
 def test_the_best_recipe_for_lyft_and_uber(tmp_path):
-    for name, pairs in (("train_dataset.json", PAIRS[:6]), ("val_dataset.json", PAIRS)):
-        queries = {f"q{i}": question for i, (question, _) in enumerate(pairs)}
-        corpus = {f"d{i}": context for i, (_, context) in enumerate(pairs)}
-        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}).save(tmp_path / name)
+    write_lyft_uber(tmp_path, PAIRS[:6], PAIRS)
     options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs")
     done = run("experiments.lyft_uber_best", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = {cells[1].strip(): cells[2:] for line in done.stdout.splitlines() if len(cells := line.split("|")) > 2}
     place = tmp_path / "runs" / "sentence-transformers--all-MiniLM-L6-v2"
     uber = RetrievalDataset.load(tmp_path / "val_dataset.json")
-    models = [load_embedder(place / name) for name in ("s3/model", "s4/model", "mean-3-4")]
+    models = [load_embedder(place / name) for name in ("s3/model", "s4/model", "mean")]
     for name, weight in models[2].state_dict().items():
         torch.testing.assert_close(weight, (models[0].state_dict()[name] + models[1].state_dict()[name]) / 2)
     report = evaluate(models[2], uber, passages=(128, 64, 64, 32))
@@ -120,11 +122,7 @@ def test_the_best_recipe_for_lyft_and_uber(tmp_path):
 
 @pytest.mark.slow
 def test_lora_beside_full_fine_tuning(tmp_path):
-    queries = {f"q{i}": question for i, (question, _) in enumerate(PAIRS)}
-    corpus = {f"d{i}": context for i, (_, context) in enumerate(PAIRS)}
-    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))})
-    for name in ("train_dataset.json", "val_dataset.json"):
-        dataset.save(tmp_path / name)
+    write_lyft_uber(tmp_path, PAIRS, PAIRS)
     options = ("--data", str(tmp_path), "--seeds", "0", "1", "--out", "runs")
     done = run("experiments.lora_lyft_uber", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -156,18 +154,14 @@ def test_quickstart_on_documents(tmp_path):
 
 @pytest.mark.slow
 def test_one_filing_without_a_key(tmp_path):
-    queries = {f"q{i}": question for i, (question, _) in enumerate(PAIRS)}
-    corpus = {f"d{i}": context for i, (_, context) in enumerate(PAIRS)}
-    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))})
-    for name in ("train_dataset.json", "val_dataset.json"):
-        dataset.save(tmp_path / name)
+    write_lyft_uber(tmp_path, PAIRS, PAIRS)
     options = ("--data", str(tmp_path), "--seeds", "0", "--train-chunks", "6")
     done = run("experiments.repro_10k_pages", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "training  RetrievalDataset(6 queries, 6 documents" in done.stdout
     assert "held out  RetrievalDataset(4 queries, 4 documents" in done.stdout
     assert "| hit_rate@5 " in done.stdout
-    first, rest = first_and_rest(dataset, 6)
+    first, rest = first_and_rest(RetrievalDataset.load(tmp_path / "train_dataset.json"), 6)
     assert (list(first.corpus), list(rest.queries)) == ([f"d{i}" for i in range(6)], [f"q{i}" for i in range(6, 10)])
 
 

@@ -23,6 +23,7 @@ from ..data.beir import PREFIX as BEIR
 from ..data.beir import find_beir
 from ..data.dataset import RetrievalDataset
 from ..files import JSONL, REPLACING, check_whole, check_writable, read_jsonl, read_lines
+from ..retrieval.bm25 import K1, B
 
 DATASETS = "QA JSON, BEIR folder or beir:NAME, JSONL or CSV pairs"
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -85,8 +86,8 @@ class Bm25:
     """Terms and weights of BM25."""
 
     bm25_ngram: int = option(1, "terms are runs of 1 to N tokens; 2: tokens and pairs of neighbours", least=1)
-    bm25_k1: float = option(1.5, "how much repetition of a term counts", least=0)
-    bm25_b: float = option(0.75, "how much length is penalized", least=0, most=1)
+    bm25_k1: float = option(K1, "how much repetition of a term counts", least=0)
+    bm25_b: float = option(B, "how much length is penalized", least=0, most=1)
 
     def bm25_setting(self) -> dict[str, Any]:
         """What a report's setting records: the options that are not at their defaults."""

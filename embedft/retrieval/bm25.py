@@ -13,6 +13,7 @@ import unicodedata
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from ..data.dataset import RetrievalDataset
 from ..progress import progress_bar
 from .run import Run
 
+K1, B = 1.5, 0.75  # defaults, here and in commands
 Token = int | str
 Term = Token | tuple[Token, ...]
 Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
@@ -44,8 +46,8 @@ class Bm25Index:
         documents: Iterable[Sequence[Token]],
         *,
         ngram: int = 1,
-        k1: float = 1.5,
-        b: float = 0.75,
+        k1: float = K1,
+        b: float = B,
         slice_terms: int = 1 << 20,
     ):
         if not isinstance(ngram, int) or ngram < 1:
@@ -164,19 +166,17 @@ def bm25_run(
     dataset: RetrievalDataset,
     *,
     tokenize: Tokenize = split_words,
-    ngram: int = 1,
-    k1: float = 1.5,
-    b: float = 0.75,
     depth: int = 100,
     exclude_identical_ids: bool = True,
+    **options: Any,
 ) -> Run:
     """Ranks a dataset's corpus, titles included, for each of its queries; ties by ascending document id.
-    `tokenize` maps texts to lists of tokens; `ngram`, `k1` and `b` are those of `Bm25Index` (2: tokens and pairs).
+    `tokenize` maps texts to lists of tokens; `options` are `Bm25Index`'s: ngram (2: tokens and pairs), k1, b.
     Documents that share no term with a query are not found. Raises `ValueError` for values out of range."""
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
     document_ids, texts = zip(*sorted(dataset.texts.items()), strict=True)
-    index = Bm25Index(_tokens(tokenize, texts), ngram=ngram, k1=k1, b=b)
+    index = Bm25Index(_tokens(tokenize, texts), **options)
     queries = list(_tokens(tokenize, list(dataset.queries.values())))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
     run = Run(list(dataset.queries), list(document_ids), rows_QK, scores_QK)

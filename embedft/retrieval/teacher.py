@@ -28,7 +28,7 @@ from ..encoders.openai_api import ApiEmbedder
 from ..encoders.schema import CONFIG_FILE, read_fields
 from ..encoders.scoring import load_scorer
 from ..encoders.store import Store
-from .bm25 import Bm25Index, bm25_run, split_words
+from .bm25 import K1, B, Bm25Index, bm25_run, split_words
 from .encoding import Passages, SupportsEncode, encode, encode_documents, join_slices, num_sizes, truncate
 from .fusion import fuse, zscores
 from .passages import WindowIndex
@@ -125,8 +125,8 @@ class Words:
     """BM25 over words, with the options of `Bm25Index`; 0 for a document without any of the query's terms."""
 
     ngram: int = option(1, "terms are runs of 1 to N words", least=1)
-    k1: float = option(1.5, "how much repetition of a term counts", least=0)
-    b: float = option(0.75, "how much length is penalized", least=0, most=1)
+    k1: float = option(K1, "how much repetition of a term counts", least=0)
+    b: float = option(B, "how much length is penalized", least=0, most=1)
 
     def scoring(self, dataset: RetrievalDataset, listed: Listed) -> Callable[[Listed], Scores]:
         """See `Part`."""
