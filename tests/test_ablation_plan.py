@@ -228,6 +228,7 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"max_length": 24, "axes": {"evaluate.passages": [[32, 4]]}}, ("evaluate.passages=[32, 4]", 32, 24)),
         ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
         ({"axes": {"evaluate.pca": [8]}}, ("evaluate.pca=8", "pca", 8, 7, "8 documents")),
+        ({"axes": {"evaluate.dtype": ["float8"]}}, ("evaluate.dtype=float8", "dtype", "float8", "int8")),
         ({"axes": {"evaluate.pca": [4]}, "evaluate": {"dim": 4}}, ("evaluate.pca=4", "dim", "pca")),
         ({"axes": {"adapter": [{"kind": "cubic"}]}}, ("kind", "cubic", "low_rank")),
         ({"axes": {"adapter": ["linear"]}}, ("adapter=linear", "linear")),

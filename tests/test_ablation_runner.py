@@ -180,6 +180,23 @@ def test_principal_components_are_those_of_the_cells_own_model():
             assert found.setting["adapter"] == "pca-4"
 
 
+@pytest.mark.parametrize("adapter", [{}, {"side": "both", "lr": 1e-2}])
+def test_a_cell_is_trained_in_float32_and_searched_in_the_type_asked_for(adapter):
+    grid = make_grid(adapter=adapter, max_length=24, axes={"evaluate.dtype": ["bfloat16"]})
+    assert run_grid(grid, on_row=list) == {}
+    assert len({cell.run for cell in grid.cells if cell.run}) == 1
+    for cell in grid.cells:
+        dtype, run = cell.config["evaluate"]["dtype"], cell.run and grid.out / "runs" / cell.run
+        how = {"device": "cpu", "max_length": 24, "dtype": dtype}
+        model = load_embedder("model" if adapter or not run else run / "model", **how)
+        if adapter and run:
+            model = load_embedder("model", adapter=run, **how)
+        expected = evaluate(model, RetrievalDataset.load("uber.jsonl"))
+        found = Report.load(grid.folder(cell) / "eval" / "uber")
+        assert (found.run.scores == expected.run.scores).all()
+        assert found.setting.get("dtype", "float32") == dtype
+
+
 @pytest.mark.parametrize("passages", [None, [8, 4]])
 def test_an_adapter_is_fitted_on_the_frozen_model(passages):
     grid = make_grid(

@@ -556,6 +556,17 @@ def test_load_embedder_with_an_adapter(embedder, tmp_path):
         make_embedder(tmp_path / "base", prompts={"query": "other "}, adapter=given)
 
 
+@pytest.mark.parametrize("fitted", ["float32", "bfloat16"])
+def test_an_adapter_is_for_its_model_in_a_lower_precision_too(tmp_path, fitted):
+    adapter = Adapter(make("linear", 32), base=make_embedder(tmp_path / "base", dtype=fitted).base())
+    embedder = make_embedder(tmp_path / "base", dtype="bfloat16")
+    vectors_ND = embedder.encode(TEXTS, role="query")
+    embedder = make_embedder(tmp_path / "base", dtype="bfloat16", adapter=adapter)
+    np.testing.assert_array_equal(embedder.encode(TEXTS, role="query"), adapter.transform(vectors_ND))
+    with pytest.raises(ValueError, match=naming("weights", "lengths", "prompts")):
+        make_embedder(tmp_path / "base", dtype="bfloat16", max_length=8, adapter=adapter)
+
+
 @pytest.mark.parametrize("side", SIDES_32)
 @pytest.mark.parametrize("kind", ["linear", "low_rank"])
 def test_saved_with_its_model(embedder, tmp_path, kind, side):

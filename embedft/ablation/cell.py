@@ -57,9 +57,10 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     for name, found in {**sets, **({"train": dataset} if "train" in cell.hashes else {})}.items():
         _check_same(cell, name, join_datasets(found).sha256())
     seconds, peak_bytes, num_weights, best = 0.0, 0, 0, None
+    searching = {"dtype": how.dtype}
     if cell.run is None:
-        embedder = load_model(options, store=out / STORE)
-        _check_same(cell, "model", embedder.sha256())
+        _check_same(cell, "model", load_model(options).sha256())
+        embedder = load_model(options, store=out / STORE, **searching)
     else:
         run = out / RUNS / cell.run
         # Cells that share a run take turns, and the second finds it done.
@@ -79,9 +80,10 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         best = best_step(validated(records, (adapter or options).select))
         if adapter is None:
             tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
-            embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
+            embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None), **searching)
         else:
-            embedder = load_model(options, store=out / STORE, max_length=options.max_length, adapter=run)
+            adapted = {"max_length": options.max_length, "adapter": run}
+            embedder = load_model(options, store=out / STORE, **adapted, **searching)
     start = time.perf_counter()
     if how.pca is not None:
         embedder.attach(fit_pca(embedder, join_datasets(dataset), how.pca, passages=how.passages))

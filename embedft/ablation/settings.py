@@ -29,6 +29,7 @@ class Evaluation(Bm25):
     dim: int | None = option(None, "leading dimensions to keep [all]", least=1)
     pca: int | None = option(None, "principal components of the training documents to map onto [none]", least=1)
     precision: Literal["float32", "int8", "binary"] = option("float32", "type of document vectors")
+    dtype: Literal["float32", "bfloat16", "float16", "int8"] = option("float32", "type of the model's weights")
     fuse_weight: float | None = option(None, "fuse: X for BM25, 1 - X for the model [the model alone]", least=0, most=1)
 
     def __post_init__(self):

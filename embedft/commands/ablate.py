@@ -48,7 +48,7 @@ class Options(Run, finetune.Options):
     )
     seeds: list[int] = option([0, 1, 2], "seeds that each point of the grid is trained with")
     evaluate: dict[str, Any] = option(
-        {}, "search of tests and validation: passages, dim, pca, precision, fuse_weight, bm25_ngram, bm25_k1, bm25_b"
+        {}, "how to search: passages, dim, pca, precision, dtype, fuse_weight, bm25_ngram, bm25_k1, bm25_b"
     )
     adapter: dict[str, Any] = option(
         {}, "fit an adapter on the frozen model instead: kind, side, lr, ... of its command"

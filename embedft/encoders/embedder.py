@@ -321,9 +321,10 @@ class Embedder(nn.Module):
         fingerprints = {role: self._fingerprint(role, library=False) for role in ROLES}
         return Base(self.source.name if self.source else "", self.base_dim, fingerprints)
 
-    def attach(self, adapter: Adapter) -> None:
-        """Maps vectors with `adapter` from now on, before truncation. Raises like `Adapter.check_base`."""
-        adapter.check_base(self.base())
+    def attach(self, adapter: Adapter, *, base: Base | None = None) -> None:
+        """Maps vectors with `adapter` from now on, before truncation. Raises like `Adapter.check_base`.
+        `base`: what the adapter must be for; None: this model, in its own precision."""
+        adapter.check_base(self.base() if base is None else base)
         if self.truncate_dim is not None and self.truncate_dim > adapter.out_features:
             raise ValueError(f"truncate_dim is {self.truncate_dim}, the adapter gives {adapter.out_features} features")
         self.adapter = adapter.to(self.device)

@@ -72,7 +72,7 @@ def load_embedder(
             names that models give them (prompts.py) are understood where they leave no choice.
         revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
-        adapter: an Adapter or its folder; None: the one saved with the model, if any.
+        adapter: an Adapter or its folder, for the model in this dtype or float32; None: the one saved with it, if any.
         allow_pickle: where weights exist as pytorch_model.bin alone, unpickle it: tensors only, no code.
         num_layers: keep only this many of the encoder's layers, from the first.
         options: of `EndpointConfig`, for "openai:MODEL", which takes no device, dtype, max_length or revision.
@@ -96,14 +96,25 @@ def load_embedder(
         embedder = convert(embedder.to(device).eval(), dtype)
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            adapter = Adapter.load(folder / layout.ADAPTER_FOLDER, allow_pickle=allow_pickle)
-            adapter.name = ""
-            stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
-            if (max_length, prompts, num_layers, stored) != (None, None, None, dtype_of(embedder)):
-                adapter.base = embedder.base()  # the caller overrides what it was fitted on
+            is_overridden = (max_length, prompts, num_layers) != (None, None, None)
+            adapter = _saved_adapter(folder, embedder, is_overridden, allow_pickle)
     if adapter is not None:
-        embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+        base = embedder.base()
+        if dtype != "float32" and adapter.base and adapter.base.fingerprints != base.fingerprints:
+            base = _load_folder(str(name), folder, torch.float32, max_length, prompts, **more).base()  # before rounding
+        embedder.attach(adapter, base=base)
     return embedder
+
+
+def _saved_adapter(folder: Path, embedder: Embedder, is_overridden: bool, allow_pickle: bool) -> Adapter:
+    """The adapter that was saved with a model, for the model as the caller wants it."""
+    adapter = Adapter.load(folder / layout.ADAPTER_FOLDER, allow_pickle=allow_pickle)
+    adapter.name = ""
+    stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
+    if is_overridden or stored != dtype_of(embedder):
+        adapter.base = embedder.base()
+    return adapter
 
 
 def _load_folder(
