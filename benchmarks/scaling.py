@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from embedft import load_embedder
-from embedft.device import without_memory
 from embedft.encoders.card import flops
+from embedft.encoders.layers import without_memory
 from embedft.encoders.store import RECORD, VECTOR_TYPE, Space, Store
 from embedft.retrieval.approximate import LEAST_PER_LIST, TRAINED_PER_LIST, FaissIndex
 from embedft.retrieval.tables import format_table

@@ -27,7 +27,6 @@ from embedft.device import (
     seeded,
     set_random_state,
     use_tf32,
-    without_memory,
 )
 from embedft.encoders.fingerprint import precision
 
@@ -70,22 +69,6 @@ def test_the_random_state_is_of_the_device_itself_not_of_the_current_one(name, m
     assert states == before
     set_random_state({"cpu": state["cpu"]}, device)  # saved on a machine without the device
     assert states == before
-
-
-def test_modules_without_memory_draw_nothing():
-    state = torch.get_rng_state()
-    with without_memory():
-        layers = [
-            torch.nn.Embedding(3, 2, padding_idx=0),
-            torch.nn.Linear(2, 5),
-            torch.nn.LayerNorm(5),
-            torch.nn.GRU(2, 4),
-        ]
-        torch.nn.init.normal_(layers[1].weight, std=0.02)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert {parameter.device.type for layer in layers for parameter in layer.parameters()} == {"meta"}
-    assert [tuple(layer.weight.shape) for layer in layers[:3]] == [(3, 2), (5, 2), (5,)]
-    assert torch.nn.init.ones_(torch.empty(1)).item() == 1
 
 
 def test_find_device():

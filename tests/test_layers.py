@@ -13,7 +13,7 @@ from naming import naming
 
 from embedft import device as devices
 from embedft.encoders import layers
-from embedft.encoders.layers import LEVELS, Dropout, GatedFeedForward, Linear
+from embedft.encoders.layers import LEVELS, Dropout, GatedFeedForward, Linear, without_memory
 
 T, D, E = 23, 12, 20
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's operator is for x86 here")
@@ -369,3 +369,19 @@ def test_gated_feed_forward_by_hand():
             assert layer(torch.ones(1, 1)).item() == (65 if out_bias else 60)
             # relu closes a negative gate.
             assert layer(-torch.ones(1, 1)).item() == (5 if out_bias else 0)
+
+
+def test_modules_without_memory_draw_nothing():
+    state = torch.get_rng_state()
+    with without_memory():
+        layers = [
+            torch.nn.Embedding(3, 2, padding_idx=0),
+            torch.nn.Linear(2, 5),
+            torch.nn.LayerNorm(5),
+            torch.nn.GRU(2, 4),
+        ]
+        torch.nn.init.normal_(layers[1].weight, std=0.02)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {parameter.device.type for layer in layers for parameter in layer.parameters()} == {"meta"}
+    assert [tuple(layer.weight.shape) for layer in layers[:3]] == [(3, 2), (5, 2), (5,)]
+    assert torch.nn.init.ones_(torch.empty(1)).item() == 1

@@ -6,12 +6,15 @@ import random
 import numpy as np
 import pytest
 import torch
+from families import tiny_encoder
 from naming import naming
 
+from embedft import device as devices
 from embedft.encoders.packing import (
     Packed,
     concatenate,
     cut_by_tokens,
+    encoded,
     pack,
     sort_by_length,
     take,
@@ -184,3 +187,52 @@ def test_take():
     nothing = take(pack([[5], [6, 7]]), torch.tensor([], dtype=torch.int64))
     assert (nothing.num_sequences, nothing.max_seqlen, len(nothing.input_ids)) == (0, 0, 0)
     assert nothing.token_types is nothing.prompt_lengths is nothing.source is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([3, 2], [3, 2]),  # a small batch stays as it is
+        ([3] * 5 + [1], [3] * 5 + [1]),  # 16 is a multiple
+        ([3] * 6, [3] * 6 + [2]),
+        ([3] * 5 + [2], [3] * 5 + [2] + [3]),
+        ([1] * 17, [1] * 20),
+    ],
+)
+def test_a_large_batch_is_filled_up(monkeypatch, lengths, expected):
+    """What is added is read by the encoder, changes nothing for the rest, and is not returned."""
+    monkeypatch.setattr("embedft.device.token_multiple", lambda weight: 4)
+    seen = []
+
+    class Encoder(torch.nn.Linear):
+        def forward(self, packed):
+            seen.append(packed.host_lengths.tolist())
+            assert packed.positions.tolist() == [place for length in seen[0] for place in range(length)]
+            return packed.input_ids[:, None] * 1.0
+
+    packed = pack([[7 + row] * length for row, length in enumerate(lengths)])
+    hidden_TD = encoded(Encoder(1, 1), packed)
+    assert seen == [expected]
+    assert hidden_TD.flatten().tolist() == packed.input_ids.tolist()
+
+
+def test_batches_are_filled_up_where_bfloat16_is_multiplied(monkeypatch):
+    weight = torch.zeros(1)
+    monkeypatch.setattr(devices, "_MULTIPLIES_BFLOAT16", True)
+    assert (devices.token_multiple(weight), devices.token_multiple(weight.bfloat16())) == (1, 256)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert devices.token_multiple(weight) == 256
+    monkeypatch.setattr(devices, "_MULTIPLIES_BFLOAT16", False)
+    assert devices.token_multiple(weight.bfloat16()) == 1
+
+
+@pytest.mark.parametrize("family", ["bert", "mpnet", "modernbert", "qwen3"])
+def test_filling_up_changes_no_hidden_state_and_no_gradient(monkeypatch, family):
+    encoder, found = tiny_encoder(family).double(), []
+    packed = pack([[5] * length for length in (7, 7, 6, 3, 2, 1)])
+    for multiple in (1, 4):
+        monkeypatch.setattr("embedft.device.token_multiple", lambda weight, multiple=multiple: multiple)
+        hidden_TD = encoded(encoder, packed)
+        gradients = torch.autograd.grad(hidden_TD.square().sum(), list(encoder.parameters()), materialize_grads=True)
+        found.append([hidden_TD, *gradients])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)

@@ -17,6 +17,7 @@ from torch import nn
 from .. import device as devices
 from ..objects import find_object, in_one_line
 from .adapter import fill
+from .layers import without_memory
 
 MODEL_TYPE = "custom"  # in config.json
 
@@ -58,6 +59,6 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
 def build(family: Family, config: Any, device: str) -> nn.Module:
     """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     what = f"{family.Encoder} cannot be made from its config alone on device {device}"
-    place = devices.without_memory() if device == "meta" else torch.device(device)
+    place = without_memory() if device == "meta" else torch.device(device)
     with in_one_line(what), devices.seeded(0, torch.device("cpu")), place:  # the caller's draws stay
         return family.Encoder(config)

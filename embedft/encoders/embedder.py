@@ -27,7 +27,7 @@ from .fingerprint import fingerprint, fingerprint_of_side, precision
 from .folder import Source, write_folder
 from .head import describe, width
 from .layers import inference
-from .packing import Packed, concatenate, pack, rows_by_length, sort_by_length
+from .packing import Packed, concatenate, encoded, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
 from .token_cache import TokenCache, find_ids, find_windows, ids_ahead
@@ -192,7 +192,7 @@ class Embedder(nn.Module):
         sorted_packed, lora = sorted_packed.to(self.device), self._lora(role)
         updated = contextlib.nullcontext() if lora is None else lora.applied(self.encoder)
         with updated, lowered or contextlib.nullcontext():
-            hidden_TD = self.encoder(sorted_packed)
+            hidden_TD = encoded(self.encoder, sorted_packed)
         return self.pooling(hidden_TD, sorted_packed)[devices.transfer([place_B], self.device)[0]]
 
     def _finished(self, pooled_BD: Tensor, role: str) -> Tensor:

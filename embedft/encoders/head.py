@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..device import without_memory
 from ..files import write_json
 from .adapter import fill
+from .layers import without_memory
 from .schema import CONFIG_FILE, Size, read_dataclass, read_fields
 from .weights import WEIGHTS_FILE, check_sizes, opened, write_tensors
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 from ..device import has_onednn_linear, has_reordered_linear, has_slow_dropout
 
@@ -119,6 +120,23 @@ def inference(model: nn.Module) -> Iterator[None]:
             part.training = mode
         for part in linear:
             part.reorders, part.reordered = False, None
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where torch.nn.init would draw them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """In this block, modules are made on the meta device: their tensors have shapes but no values.
+    Drawing such values makes torch import its compiler, which takes as long as importing torch: 1.0 s (an EPYC, torch
+    2.13.0, 2026-11-30)."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 class Dropout(nn.Dropout):

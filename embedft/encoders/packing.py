@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import device as devices
 from .token_ids import TokenIds
@@ -113,6 +113,17 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
     by_sequence = [x if x is None else x[sequences_N] for x in (packed.prompt_lengths, packed.source)]
     longest = int(host_lengths.max(initial=0))
     return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, by_token[2], *by_sequence, host_lengths)
+
+
+def encoded(encoder: nn.Module, packed: Packed) -> Tensor:
+    """Hidden states of the tokens, [T, D]; see `device.token_multiple`."""
+    num_tokens, multiple = len(packed.input_ids), devices.token_multiple(next(encoder.parameters()))
+    rest = -num_tokens % multiple
+    if not rest or num_tokens < 4 * multiple:
+        return encoder(packed)
+    lengths = [packed.max_seqlen] * (rest // packed.max_seqlen) + [rest % packed.max_seqlen]
+    filler = pack([[0] * length for length in lengths if length]).to(packed.input_ids.device)
+    return encoder(concatenate(packed, filler))[:num_tokens]
 
 
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:

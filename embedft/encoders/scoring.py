@@ -34,7 +34,7 @@ from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
 from .layers import inference
 from .loading import find_folder
-from .packing import Packed, pack, rows_by_length, sort_by_length
+from .packing import Packed, encoded, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, check, read_fields
 from .token_ids import TokenIds
@@ -117,7 +117,7 @@ class Scorer(nn.Module):
             return torch.ones(packed.num_sequences, 1, device=self.device, requires_grad=torch.is_grad_enabled())
         sorted_packed, place_P = sort_by_length(packed)
         sorted_packed = sorted_packed.to(self.device)
-        pooled_PD = self.pooling(self.encoder(sorted_packed), sorted_packed)
+        pooled_PD = self.pooling(encoded(self.encoder, sorted_packed), sorted_packed)
         return self.head(pooled_PD.to(self.head.out.weight.dtype))[devices.transfer([place_P], self.device)[0]].float()
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:

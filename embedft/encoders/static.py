@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import without_memory
 from ..files import read_object
+from .layers import without_memory
 from .packing import Packed
 from .schema import CONFIG_FILE, Size
 from .weights import opened

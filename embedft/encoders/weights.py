@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..device import without_memory
 from ..files import atomic_write, read_object
 from . import custom
 from .adapter import fill, naming
+from .layers import without_memory
 from .pickles import PICKLE_FILE, read_pickle
 from .schema import CONFIG_FILE, PLACE, Layers, Rows, Size, stored_names
 
