@@ -210,7 +210,7 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
         if _kind(fields[name])[0] is dict:
             texts, value = value, values.get(name, _default(fields[name]))
             for text in texts:
-                value = _insert(value, text, _option(name))
+                value = insert(value, text, _option(name))
         values[name] = None if value == ["null"] else value
     if missing := [field for name, field in fields.items() if name not in values and _default(field) is REQUIRED]:
         names = (f.metadata["metavar"] if f.metadata["positional"] else _option(f.name) for f in missing)
@@ -241,7 +241,7 @@ def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], pa
     return words
 
 
-def _insert(values: dict[str, Any], text: str, option: str) -> Any:
+def insert(values: dict[str, Any], text: str, option: str) -> Any:
     """`values` after setting KEY=VALUE or KEY.KEY=VALUE, or the JSON object that replaces them."""
     path, equals, value = text.partition("=")
     if not equals or path.lstrip().startswith("{"):

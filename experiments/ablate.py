@@ -4,6 +4,7 @@
 
 A grid file sets BASE (settings of `embedft finetune` and, under "evaluate", of evaluation), TESTS, SEEDS, and AXES or
 POINTS. The cells go to runs/ablations/<name of the file>; the same command continues, and `embedft report` reports.
+--set changes BASE: `--set precision=bfloat16 evaluate.dtype=bfloat16` is faster on CPUs with AMX.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from embedft.commands.ablate import Run, run_plan
+from embedft.config import insert
 from embedft.data.dataset import RetrievalDataset
 
 from .commandline import BASE, make_parser, run
@@ -28,6 +30,10 @@ def main(options: argparse.Namespace) -> None:
     if missing := [name for name in NAMES[:3] if name not in found]:
         raise ValueError(f"{path}: sets no {missing[0]}")
     base = {"model": BASE, **found["BASE"]} | ({"model": options.base} if options.base != BASE else {})
+    for given in options.set:
+        if "=" not in given:
+            raise ValueError(f"--set {given}: expected KEY=VALUE")
+        base = insert(base, given, "--set")
     how = {"tests": found["TESTS"], "seeds": found["SEEDS"], "axes": found.get("AXES"), "points": found.get("POINTS")}
     names = ("dry_run", "workers", "devices", "shard")
     sys.exit(run_plan(base, options.out or str(OUT / path.stem), how, Run(**{n: getattr(options, n) for n in names})))
@@ -46,6 +52,7 @@ if __name__ == "__main__":
     parser = make_parser("experiments.ablate", __doc__)
     parser.add_argument("grid", metavar="FILE", help="experiments/grids/NAME.py")
     parser.add_argument("--out", metavar="DIR", help=f"folder of the grid [{OUT}/NAME]")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings in BASE")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and, if known, the expected time")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="cells at a time, on each device [1]")
     parser.add_argument(

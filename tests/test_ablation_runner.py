@@ -626,11 +626,11 @@ def test_a_grid_file_makes_the_same_cells_as_the_command(capsys, monkeypatch):
     Path("lr.py").write_text(f"from pathlib import Path, PosixPath\nBASE = {BASE}\n")
     with open("lr.py", "a") as file:
         file.writelines(f"{name} = {value}\n" for name, value in how.items())
-    options = ["experiments.ablate", "lr.py", "--out", "from-file"]
+    options = ["experiments.ablate", "lr.py", "--out", "from-file", "--set", "evaluate.dim=16", "lora={}"]
     monkeypatch.setattr(sys, "argv", options)
     with pytest.raises(SystemExit, match=naming(0)):
         runpy.run_module("experiments.ablate", run_name="__main__")
-    words = "--epochs 1 --batch-size 4 --lr 1e-3 --axis lr 2e-3 --seeds 0 1 --out out --dry-run"
+    words = "--epochs 1 --batch-size 4 --lr 1e-3 --axis lr 2e-3 --seeds 0 1 --out out --dry-run --evaluate dim=16"
     tests = [f"{name}={path}" for name, path in TESTS.items()]
     capsys.readouterr()
     assert main(["ablate", "model", "train.jsonl", "--validation", "val.jsonl", "--test", *tests, *words.split()]) == 0
@@ -640,12 +640,17 @@ def test_a_grid_file_makes_the_same_cells_as_the_command(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "facts"), [("BASE = {}\nSEEDS = [0]", ("grid.py", "TESTS")), (None, ("grid.py", "no such file"))]
+    ("text", "more", "facts"),
+    [
+        ("BASE = {}\nSEEDS = [0]", [], ("grid.py", "TESTS")),
+        (None, [], ("grid.py", "no such file")),
+        ("BASE = {}\nSEEDS = [0]\nTESTS = {}", ["--set", "lr"], ("lr", "KEY=VALUE")),
+    ],
 )
-def test_a_bad_grid_file_is_refused(text, facts, monkeypatch, capsys):
+def test_a_bad_grid_file_is_refused(text, more, facts, monkeypatch, capsys):
     if text:
         Path("grid.py").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["experiments.ablate", "grid.py"])
+    monkeypatch.setattr(sys, "argv", ["experiments.ablate", "grid.py", *more])
     with pytest.raises(SystemExit, match=naming(2)):
         runpy.run_module("experiments.ablate", run_name="__main__")
     assert names(capsys.readouterr().err, *facts)

@@ -47,7 +47,7 @@ def read(data, monkeypatch):
     return lambda path: runpy.run_path(str(path))
 
 
-def test_the_issue_has_its_grids():
+def test_every_grid_asks_a_question():
     assert len(GRIDS) >= 12
     for path in GRIDS:
         question = ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0]
