@@ -38,6 +38,7 @@ from embedft.ablation.grid import Grid
 from embedft.ablation.plan import plan
 from embedft.ablation.runner import expected_seconds, run_grid, shard_of
 from embedft.cli import main
+from embedft.encoders.store import Store
 from embedft.files import read_json, read_jsonl, read_object, write_json
 from embedft.retrieval.pca import fit_pca
 from embedft.retrieval.suite import Suite
@@ -195,6 +196,16 @@ def test_a_cell_is_trained_in_float32_and_searched_in_the_type_asked_for(adapter
         found = Report.load(grid.folder(cell) / "eval" / "uber")
         assert (found.run.scores == expected.run.scores).all()
         assert found.setting.get("dtype", "float32") == dtype
+
+
+def test_vectors_that_another_cell_needs_are_kept(monkeypatch):
+    """Those of a model that is searched in two ways; not those of a model that one cell alone searches."""
+    counts = []
+    for axes in ({"lr": [2e-3]}, {"evaluate.dim": [16]}):
+        grid = make_grid(f"out{len(counts)}", axes=axes, validation=None)
+        assert run_grid(grid, on_row=list) == {}
+        counts.append(len(Store(grid.out / "store").spaces()))
+    assert counts == [1, 2]
 
 
 @pytest.mark.parametrize("passages", [None, [8, 4]])

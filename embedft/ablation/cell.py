@@ -35,7 +35,7 @@ from ..training.configs import AdapterConfig, FinetuneConfig
 from ..training.parts import choose_parts
 from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
-from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, code_sha256
+from .grid import CELL, EVAL, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, Grid, code_sha256
 from .results import read_windows
 from .settings import Evaluation, settings_of
 
@@ -51,28 +51,21 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     options = replace(options, device=device)
     _check_same(cell, "code", code_sha256())
     dataset, validation = load_datasets(options)
-    grid, plain = read_object(out / GRID), replace(options, format=None, split=None)
-    sets = {f"test {name}": load_data(path, plain) for name, path in grid["tests"].items()}
+    grid, plain = Grid.load(out, damaged={}), replace(options, format=None, split=None)
+    sets = {f"test {name}": load_data(path, plain) for name, path in grid.tests.items()}
     sets |= {VALIDATION: validation} if validation is not None else {}
     for name, found in {**sets, **({"train": dataset} if "train" in cell.hashes else {})}.items():
         _check_same(cell, name, join_datasets(found).sha256())
     seconds, peak_bytes, num_weights, best = 0.0, 0, 0, None
-    searching = {"dtype": how.dtype}
+    is_frozen = adapter is not None or cell.run is None
+    is_shared = is_frozen or sum(each.run == cell.run for each in grid.cells) > 1
+    searching = {"dtype": how.dtype, "store": out / STORE if is_shared else None}
     if cell.run is None:
         _check_same(cell, "model", load_model(options).sha256())
-        embedder = load_model(options, store=out / STORE, **searching)
+        embedder = load_model(options, **searching)
     else:
         run = out / RUNS / cell.run
-        # Cells that share a run take turns, and the second finds it done.
-        waits = {"wait": lambda holder: print(f"{run}: waiting for {holder}, which trains it")}
-        with locked(run.with_suffix(".lock"), **waits):
-            if not (run / DONE).exists():
-                embedder = load_model(options, store=out / STORE)
-                _check_same(cell, "model", embedder.sha256())
-                if adapter is None:
-                    _train(embedder, options, dataset, validation, run)
-                else:
-                    _fit(embedder, adapter, options, dataset, run)
+        _ensure_trained(run, cell, options, adapter, dataset, validation)
         num_weights = read_json(run.with_suffix(".json"))
         records = [record for _, record in read_jsonl(run / TRAIN_LOG)]
         seconds = sum(record.get("seconds", 0.0) for record in records)
@@ -83,7 +76,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
             embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None), **searching)
         else:
             adapted = {"max_length": options.max_length, "adapter": run}
-            embedder = load_model(options, store=out / STORE, **adapted, **searching)
+            embedder = load_model(options, **adapted, **searching)
     start = time.perf_counter()
     if how.pca is not None:
         embedder.attach(fit_pca(embedder, join_datasets(dataset), how.pca, passages=how.passages))
@@ -92,7 +85,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         if not _is_saved(place):
             if how.passages is not None and name != VALIDATION:
                 write_jsonl(place / WINDOWS, matching_windows(embedder, questions, how.passages, dim=how.dim))
-            _evaluate(embedder, questions, how, grid["select"]).save(place)
+            _evaluate(embedder, questions, how, grid.select).save(place)
     result = {
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - start},
         "peak_bytes": max(peak_bytes, devices.peak_memory_bytes(embedder.device)),
@@ -101,6 +94,26 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(folder / RESULT, result)
+
+
+def _ensure_trained(
+    run: Path,
+    cell: Cell,
+    options: Options,
+    adapter: AdapterConfig | None,
+    dataset: Datasets,
+    validation: Datasets | None,
+) -> None:
+    """Trains into the run folder, unless another cell did or does."""
+    waits = {"wait": lambda holder: print(f"{run}: waiting for {holder}, which trains it")}
+    with locked(run.with_suffix(".lock"), **waits):
+        if not (run / DONE).exists():
+            embedder = load_model(options, store=run.parents[1] / STORE)
+            _check_same(cell, "model", embedder.sha256())
+            if adapter is None:
+                _train(embedder, options, dataset, validation, run)
+            else:
+                _fit(embedder, adapter, options, dataset, run)
 
 
 def _train(embedder: Embedder, options: Options, dataset: Datasets, validation: Datasets | None, run: Path) -> None:

@@ -11,7 +11,7 @@ cells/<key>/       cell.json, eval/<test>/, eval/validation/, result.json (last)
                    eval/validation/<name>/ where validation has several datasets
                    eval/<test>/windows.jsonl where documents are searched in windows
 runs/<run key>/    finetune's run folder, shared by the cells that differ in evaluation only
-store/             vectors of frozen models, shared by all cells
+store/             vectors that several cells need: of frozen models, and of tuned ones that they search differently
 report/            what `embedft report` wrote
 """
 

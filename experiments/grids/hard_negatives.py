@@ -6,7 +6,7 @@ leaves out what scores above 95% of the answer.
 
 from experiments.grid_data import LYFT, tests
 
-ONCE = {"num_negatives": 4, "mine_ranks": [2, 30], "mine_every": 2}
+ONCE = {"num_negatives": 2, "mine_ranks": [2, 30], "mine_every": 2}
 AGAIN = ONCE | {"mine_every": 1}
 MARGIN = {"mine_relative_margin": 0.05}
 

@@ -1,8 +1,8 @@
 """Do questions of a language model train better than what the chunks themselves ask, and does a mix of kinds help?
 
-Inverse cloze, and a mix of the published questions with titles, claims and keywords taken from the same chunks, whole
-and kind by kind. Validation has questions by a language model, so it is on their side. The chunks of the mix lack their
-titles and most of the claims' sentences.
+Inverse cloze, and a mix of the published questions with titles, claims and keywords taken from the same chunks: whole,
+and the questions or keywords of it. The whole mix has more pairs, and so more steps. Validation has questions by a
+language model, so it is on their side. The chunks of the mix lack their titles and most of the claims' sentences.
 """
 
 from experiments.grid_data import LYFT, lyft, tests
