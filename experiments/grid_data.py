@@ -12,7 +12,7 @@ from pathlib import Path
 from embedft import RetrievalDataset, load_embedder
 from embedft.corpus.chunks import Chunk
 from embedft.corpus.kinds import pseudo_kinds
-from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
+from embedft.corpus.pseudo import inverse_cloze
 from embedft.encoders.pooling import Pooling
 
 from . import commandline, sources
@@ -37,12 +37,9 @@ def lyft(name: str = "published") -> tuple[str, str]:
 
 
 def tests() -> dict[str, str]:
-    """{name: test set}. SciFact is downloaded unless it is beside the checkout."""
-    path, scifact = OUT / "data" / "docstrings.json", sources.SHARED / "beir" / "scifact"
-    if not path.exists():
-        docstring_datasets(num_train=2_000, num_held_out=1_000, seed=SEED)[1].save(path)
+    """{name: test set}."""
     uber = sources.find_data("lyft_uber", None) / "val_dataset.json"
-    return {"uber": str(uber), "scifact": str(scifact) if scifact.is_dir() else "beir:scifact", "docstrings": str(path)}
+    return {"uber": str(uber), **sources.forgetting(OUT / "data")}
 
 
 def pooled(name: str) -> str:

@@ -10,7 +10,8 @@ what to try (LOG.md).
     python -m experiments.lyft_uber_best --seeds 0 1 2
     python -m experiments.lyft_uber_best --precision bfloat16 --dtype bfloat16      # faster with AMX
 
-Finished seeds are not trained again, and killed ones resume.
+The second table has what the models forgot: SciFact and docstrings (`--forgetting`), searched without windows at the
+base's own length. Finished seeds are not trained again, and killed ones resume.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from embedft import Report, RetrievalDataset, Run, bm25_run, evaluate, evaluate_run, fuse, load_embedder
+from embedft.commands.options import named_sources
 from embedft.retrieval.tables import format_table
 from embedft.training.merging import soup
 from embedft.training.run_folder import MODEL
@@ -28,10 +30,10 @@ from embedft.training.run_folder import MODEL
 from .commandline import make_parser, run
 from .report import compare_recipes, difference_cells
 from .repro_finetune_lyft_uber import MAX_LENGTH, train_seed
-from .sources import find_data
+from .sources import find_data, forgetting
 
 METRICS = ("hit_rate@5", "mrr@10", "map@100")
-COMPARED = "mrr@10"
+COMPARED, KEPT = "mrr@10", "ndcg@10"
 RECIPE = {
     "epochs": 3,
     "batch_size": 32,
@@ -55,25 +57,36 @@ def main(options: argparse.Namespace) -> None:
         for seed, place in zip(options.seeds, folders, strict=True)
     ]
     soup(trained).save(mean)
+    own_length = load_embedder(options.base).max_length
     models = {
         "untrained": [options.base],
         "fine-tuned": [place / MODEL for place in folders],
         "mean of weights": [mean],
     }
-    reports, bm25 = {}, None
+    others = {name: RetrievalDataset.load(path) for name, path in other_tests(options, out).items()}
+    reports, forgotten, bm25 = {}, {}, None
     for name, found in models.items():
         loaded = [load_embedder(x, max_length=MAX_LENGTH, dtype=getattr(torch, options.dtype)) for x in found]
         bm25 = bm25 or bm25_run(uber, tokenize=loaded[0].tokenize, ngram=2)
         reports[name] = [evaluate(model, uber, passages=SEARCHED) for model in loaded]
+        for model in loaded:
+            model.max_length = own_length
+        forgotten[name] = [np.mean([evaluate(model, x).metrics[KEPT] for model in loaded]) for x in others.values()]
     fused = {f"{name}, fused": [fused_with(bm25, x, uber) for x in found] for name, found in reports.items()}
     header = ["Uber", *METRICS, f"difference, {COMPARED}", "95% interval", "p-value"]
     print(format_table(header, [*recipe_rows(reports), *recipe_rows(fused)]))
+    print("\n" + format_table([KEPT, *others], forgotten_rows(forgotten)))
     print(
         f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}; fine-tuned: mean ± "
         f"standard deviation over seeds {', '.join(map(str, options.seeds))},\ntrained in {options.precision}, "
         f"measured in {options.dtype}. Differences from the untrained model, alone or fused; intervals\nand p-values "
         f"are for new questions and, of fine-tuned, new seeds; questions are clustered by document."
     )
+
+
+def other_tests(options: argparse.Namespace, out: Path) -> dict[str, str]:
+    """{name: test set} of other domains."""
+    return named_sources(options.forgetting) if options.forgetting else forgetting(out)
 
 
 def fused_with(bm25: Run, report: Report, dataset: RetrievalDataset) -> Report:
@@ -94,6 +107,15 @@ def recipe_rows(reports: Mapping[str, Sequence[Report]]) -> list[list[str]]:
     return rows
 
 
+def forgotten_rows(means: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """A row of each recipe's means on other test sets, and their change from the first recipe's."""
+    (first, base), *others = means.items()
+    rows = [[first, *(f"{mean:.4f}" for mean in base)]]
+    for name, found in others:
+        rows.append([name, *(f"{x:.4f} ({x / before - 1:+.1%})" for x, before in zip(found, base, strict=True))])
+    return rows
+
+
 if __name__ == "__main__":
     parser = make_parser("experiments.lyft_uber_best", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
@@ -101,5 +123,7 @@ if __name__ == "__main__":
     precisions = ("float32", "bfloat16")
     parser.add_argument("--precision", default="float32", choices=precisions, help="of training [%(default)s]")
     parser.add_argument("--dtype", default="float32", choices=precisions, help="of weights measured [%(default)s]")
+    others = "test sets of other domains [SciFact and docstrings of installed packages]"
+    parser.add_argument("--forgetting", nargs="+", metavar="[NAME=]DATA", help=others)
     parser.add_argument("--out", default="runs/lyft_uber_best", metavar="DIR", help="[%(default)s]")
     run(main, parser)

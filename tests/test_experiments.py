@@ -16,6 +16,7 @@ from naming import names, naming
 from benchmarks.workers import Worker, alternate, ratios, spread
 from embedft import RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
 from embedft.progress import progress_bar
+from experiments.commandline import BASE
 from experiments.repro_10k_pages import first_and_rest
 from experiments.sources import find_data
 
@@ -101,10 +102,11 @@ def test_the_lyft_uber_reproduction(tmp_path):
 @pytest.mark.slow
 def test_the_best_recipe_for_lyft_and_uber(tmp_path):
     write_lyft_uber(tmp_path, PAIRS[:6], PAIRS)
-    options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs")
+    options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs", "--forgetting", "lyft=train_dataset.json")
     done = run("experiments.lyft_uber_best", *options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = {cells[1].strip(): cells[2:] for line in done.stdout.splitlines() if len(cells := line.split("|")) > 2}
+    found, forgotten = done.stdout.split("\n\n")[:2]
+    rows = {cells[1].strip(): cells[2:] for line in found.splitlines() if len(cells := line.split("|")) > 2}
     place = tmp_path / "runs" / "sentence-transformers--all-MiniLM-L6-v2"
     uber = RetrievalDataset.load(tmp_path / "val_dataset.json")
     models = [load_embedder(place / name) for name in ("s3/model", "s4/model", "mean")]
@@ -115,6 +117,10 @@ def test_the_best_recipe_for_lyft_and_uber(tmp_path):
     bm25 = bm25_run(uber, tokenize=models[2].tokenize, ngram=2)
     fused = evaluate_run(fuse([bm25, report.run], method="zscore", weights=(0.5, 0.5)), uber)
     assert rows["mean of weights, fused"][1].strip() == f"{fused.metrics['mrr@10']:.4f}"
+    lyft = RetrievalDataset.load(tmp_path / "train_dataset.json")
+    models[2].max_length = 256
+    means = [evaluate(model, lyft).metrics["ndcg@10"] for model in (load_embedder(BASE), models[2])]
+    assert f"{means[1]:.4f} ({means[1] / means[0] - 1:+.1%})" in forgotten
     written = (place / "s3" / "train.jsonl").stat().st_mtime_ns
     assert run("experiments.lyft_uber_best", *options, folder=tmp_path).stdout == done.stdout
     assert (place / "s3" / "train.jsonl").stat().st_mtime_ns == written  # nothing was trained again

@@ -1,7 +1,7 @@
 """Do averages of weights gain on Uber, or forget less elsewhere?
 
-A moving average over steps, whose decay is at most (1 + step) / (10 + step), 0.8 after these 34; points between the base
-and the tuned weights (WiSE-FT); and the pull toward the base's vectors. `embedft merge` averages the runs of several seeds.
+A moving average over steps, whose decay is at most (1 + step) / (10 + step), 0.8 after these 34; points between the
+base and the tuned weights (WiSE-FT); and the pull toward the base's vectors. `embedft merge` averages runs.
 """
 
 from experiments.grid_data import LYFT, tests
