@@ -24,10 +24,10 @@ from embedft import AdapterConfig, RetrievalDataset, fit_adapter, load_embedder
 from experiments.repro_adapter_lyft_uber import AS_PUBLISHED, MAX_LENGTH, embed, fit
 
 from . import suite
-from .suite import Row, make_parser, published, require_close
+from .suite import Row, load_data, make_parser, require_close
 from .workers import Worker, most_anonymous
 
-TOLERANCE, STEPS, QUERIES, DIM = 1e-5, 20, 64, 384
+TOLERANCES, STEPS, QUERIES, DIM = {"float32": 1e-5, "bfloat16": 1e-2}, 20, 64, 384
 # Methods of `Fitting`: what they do; the last is the peer's way.
 CASES = {"from_store": "fit, vectors in a store", "cold": "fit, from scratch", "loop": "embedding in the loop"}
 
@@ -44,12 +44,12 @@ def first(dataset: RetrievalDataset, number: int | None) -> RetrievalDataset:
 class Fitting:
     """Three ways to fit the published adapter; each returns its weights."""
 
-    def __init__(self, model: str, data: str, store: str, device: str, number: int | None):
-        self.embedder = load_embedder(model, device=device, max_length=MAX_LENGTH)
-        self.stored = load_embedder(model, device=device, max_length=MAX_LENGTH, store=store)
+    def __init__(self, model: str, store: str, options: argparse.Namespace):
+        given = {"device": options.device, "dtype": options.dtype, "max_length": MAX_LENGTH}
+        self.embedder, self.stored = load_embedder(model, **given), load_embedder(model, **given, store=store)
         # In bfloat16, as on CUDA, vectors would depend on their batch too much for the comparison.
         self.embedder.autocast = self.stored.autocast = False
-        self.dataset = first(RetrievalDataset.load(Path(data) / "train_dataset.json"), number)
+        self.dataset = first(load_data("lyft_uber", "train_dataset.json", options.data), options.number)
         self.pairs = [(q, d) for q, grades in self.dataset.qrels.items() for d in grades]
 
     def loop(self) -> np.ndarray:
@@ -124,10 +124,8 @@ def write_corpus(path: Path, num_documents: int) -> None:
 
 def main(options: argparse.Namespace) -> list[Row]:
     folder = str(load_embedder(options.base, device="cpu").source.folder)
-    data = str(published("lyft_uber", options.data))
     with tempfile.TemporaryDirectory() as place:
-        arguments = (folder, data, f"{place}/store", options.device, options.number)
-        worker = Worker(Fitting, *arguments, device=options.device)
+        worker = Worker(Fitting, folder, f"{place}/store", options, device=options.device)
         worker.call("fill")
         seconds, weights = {}, {}
         for name in CASES:
@@ -136,7 +134,7 @@ def main(options: argparse.Namespace) -> list[Row]:
         *ours, loop = CASES
         rows = []
         for name in ours:
-            difference = require_close(name, weights[name], weights[loop], TOLERANCE, "weights")
+            difference = require_close(name, weights[name], weights[loop], TOLERANCES[options.dtype], "weights")
             found = {"peer": CASES[loop], "peer_seconds": seconds[loop], "largest_difference": difference}
             rows.append(Row(CASES[name], seconds[name], **found))
         fits = [worker.call("full_corpus") for _ in range(options.rounds)]
@@ -155,7 +153,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("adapter", __doc__, rounds=5, data="folder with train_dataset.json")
+    found = make_parser("adapter", __doc__, rounds=5, data=suite.PUBLISHED, dtypes=[*TOLERANCES])
     found.add_argument("--number", type=int, metavar="N", help="the first N questions and their documents only [all]")
     found.add_argument("--corpus", type=int, default=0, metavar="N", help="documents in the large corpus [0: skip it]")
     return found

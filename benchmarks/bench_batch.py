@@ -1,19 +1,19 @@
 """Large batches by gradient caching, against sentence-transformers' CachedMultipleNegativesRankingLoss.
 
 Measures time per pair at several batch sizes, with mini-batches of constant size. Texts have 32 tokens, drawn from the
-model's vocabulary. The peer uses mini-batches of as many texts, the same optimizer and clipping, and no trainer. Before
-timing, the first losses and gradient norms must agree (dropout off). Then measures the peak memory of one step in fresh
-processes, without that of the vectors Q and D.
+model's vocabulary, or are the first pairs of --data. The peer uses mini-batches of as many tokens, the same optimizer
+and clipping, and no trainer. Before timing, the first losses and gradient norms must agree (dropout off). Then measures
+the peak memory of one step in fresh processes, without that of the vectors Q and D.
 
     python -m benchmarks.bench_batch --rounds 5 --memory 512 8192
-    python -m benchmarks.bench_batch --device cuda --precision bfloat16 --sizes 8192 32768
+    python -m benchmarks.bench_batch --device cuda --dtype bfloat16 --sizes 8192 32768
 """
 
 import argparse
 import dataclasses
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -23,14 +23,15 @@ from embedft.training.cached import cached_backward
 from embedft.training.optim import build_optimizer
 from embedft.training.precision import autocast
 
-from . import suite
+from . import peers, suite
+from .bench_encode import start_workers
 from .suite import Row, make_parser, measure, require_close
 from .workers import Worker
 
 TEXT_TOKENS, MINI_BATCH_TOKENS, LR, WEIGHT_DECAY = 32, 2_048, 2e-5, 0.01
 TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of losses and gradient norms
 PASSES = 4  # forward twice, and a backward pass of twice a forward pass's operations
-PEER = "sentence-transformers"
+PEERS = ["sentence-transformers", "sentence-transformers-bf16"]
 
 
 def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
@@ -41,25 +42,37 @@ def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
     return [" ".join(generator.choices(words, k=TEXT_TOKENS - 2)) for _ in range(count)]
 
 
+def make_pairs(embedder: Embedder, data: str | None, size: int) -> list[Sequence[str]]:
+    """Queries and documents: drawn, or the first of the data set --data."""
+    own = suite.own_data(data)
+    if own is None:
+        texts = make_texts(embedder, 2 * size, seed=size)
+        return [texts[:size], texts[size:]]
+    found = [
+        (own.queries[q], own.texts[d]) for q, grades in own.qrels.items() for d, grade in grades.items() if grade > 0
+    ]
+    if len(found) < size:
+        raise ValueError(f"{data} has {len(found):,} pairs, expected at least {size:,}")
+    return [*zip(*found[:size], strict=True)]
+
+
 class Ours:
     """Steps of training/train.py with `mini_batch_tokens`."""
 
-    def __init__(self, model: str, device: str, precision: str):
-        self.embedder = self.model = load_embedder(model, device=device)
+    def __init__(self, name: str, model: str, options: argparse.Namespace):
+        self.embedder = self.model = load_embedder(model, device=options.device)
         self.loss = build_loss({"name": "in_batch_negatives"})
-        self.start(device, precision)
+        self.start(options, options.dtype)
 
-    def start(self, device: str, precision: str) -> None:
-        self.device = torch.device(device)
-        self.autocast = autocast(precision, self.device)
+    def start(self, options: argparse.Namespace, dtype: str) -> None:
+        self.data, self.device = options.data, torch.device(options.device)
+        self.autocast = autocast(dtype, self.device)
         self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
 
     def prepare(self, size: int) -> None:
         """Makes the batch for the calls that follow; query i's document is document i."""
-        texts = make_texts(self.embedder, 2 * size, seed=size)
-        packed = [self.embedder.pack(part, role="document") for part in (texts[:size], texts[size:])]
-        if any((part.lengths() != TEXT_TOKENS).any() for part in packed):
-            raise ValueError(f"not every text has {TEXT_TOKENS} tokens")
+        pairs = make_pairs(self.embedder, self.data, size)
+        packed = (self.embedder.pack(part, role="document") for part in pairs)
         self.batch = *packed, Targets(torch.arange(size, device=self.device)[:, None])
 
     def backward(self) -> torch.Tensor:
@@ -86,21 +99,18 @@ class Ours:
 class SentenceTransformers(Ours):
     """The same step with the peer's model and loss on the same texts; memory is released for it too."""
 
-    def __init__(self, model: str, device: str, precision: str):
-        from sentence_transformers import SentenceTransformer
+    def __init__(self, name: str, model: str, options: argparse.Namespace):
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
         from sentence_transformers.util import batch_to_device
 
         self.embedder = load_embedder(model, device="cpu")
-        self.model = SentenceTransformer(model, device=device)
-        rows = MINI_BATCH_TOKENS // TEXT_TOKENS
-        self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows)
+        self.model = peers.load_peer(name, model, device=options.device, training=True)
+        self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_num_tokens=MINI_BATCH_TOKENS)
         self.to_device = batch_to_device
-        self.start(device, precision)
+        self.start(options, peers.dtype_of(name, options.dtype))
 
     def prepare(self, size: int) -> None:
-        texts = make_texts(self.embedder, 2 * size, seed=size)
-        parts = (self.model.preprocess(part) for part in (texts[:size], texts[size:]))
+        parts = (self.model.preprocess(list(part)) for part in make_pairs(self.embedder, self.data, size))
         self.batch = tuple(self.to_device(part, self.device) for part in parts)
 
     def backward(self) -> torch.Tensor:
@@ -111,30 +121,26 @@ class SentenceTransformers(Ours):
         return value.detach()
 
 
-def start_workers(options: argparse.Namespace, folder: str) -> dict[str, Worker]:
-    made = {"embedft": Ours} | {f"{name} {suite.version(name)}": SentenceTransformers for name in options.peer}
-    return {
-        name: Worker(make, folder, options.device, options.precision, device=options.device)
-        for name, make in made.items()
-    }
-
-
 def time_rows(options: argparse.Namespace, embedder: Embedder) -> list[Row]:
     """Rows per batch size, with our milliseconds per pair and their ratio to those of the smallest size."""
-    workers, rows = start_workers(options, str(embedder.source.folder)), []
+    workers = start_workers(options, str(embedder.source.folder), ours=Ours, theirs=SentenceTransformers)
+    rows: list[Row] = []
     sizes = sorted(options.sizes)
     for worker in workers.values():
         worker.call("prepare", sizes[0])
     ours, *others = (worker.call("outcome") for worker in workers.values())
-    for theirs in others:
+    for name, theirs in zip(list(workers)[1:], others, strict=True):
+        dtypes = options.dtype, peers.dtype_of(name.partition(" ")[0], options.dtype)
         for what, *values in zip(("first losses", "gradient norms"), ours, theirs, strict=True):
-            require_close("cached step", *values, TOLERANCES[options.precision], what)
-    facts = {"matrix_flops_per_second": workers["embedft"].call(suite.matrix_rate, options.device, options.precision)}
+            require_close("cached step", *values, max(TOLERANCES[dtype] for dtype in dtypes), what)
+    facts = {"matrix_flops_per_second": workers["embedft"].call(suite.matrix_rate, options.device, options.dtype)}
     for size in sizes:
         for worker in workers.values():
             worker.call("prepare", size)
-        facts |= {"texts": 2 * size, "tokens": 2 * size * TEXT_TOKENS}
-        facts["flops"] = PASSES * suite.flops_of(embedder.encoder, [TEXT_TOKENS] * (2 * size))
+        parts = [embedder.pack(part, role="document") for part in make_pairs(embedder, options.data, size)]
+        lengths = torch.cat([part.lengths() for part in parts]).numpy()
+        facts |= {"texts": 2 * size, "tokens": int(lengths.sum())}
+        facts["flops"] = PASSES * suite.flops_of(embedder.encoder, lengths)
         for row in measure(f"{size:,} pairs", workers, "step", rounds=options.rounds, **facts):
             rows.append(row)
             row.more["ms_per_pair"] = 1_000 * statistics.median(row.seconds) / size
@@ -147,7 +153,8 @@ def memory_rows(options: argparse.Namespace, embedder: Embedder) -> list[Row]:
     """A row per batch size and peer: the peak memory of a step in a fresh process, minus Q and D."""
     rows: list[Row] = []
     for size in sorted(options.memory):
-        workers, vectors = start_workers(options, str(embedder.source.folder)), 2 * size * embedder.full_dim * 4
+        workers = start_workers(options, str(embedder.source.folder), ours=Ours, theirs=SentenceTransformers)
+        vectors = 2 * size * embedder.full_dim * 4
         for worker in workers.values():
             worker.call("prepare", size)
             worker.call("step")
@@ -171,16 +178,15 @@ def main(options: argparse.Namespace) -> list[Row]:
     embedder = load_embedder(options.base, device="cpu")
     rows = time_rows(options, embedder) if options.sizes else []
     rows += memory_rows(options, embedder) if options.memory else []
-    print(f"texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, {options.precision}\n")
+    print(f"mini-batches of {MINI_BATCH_TOKENS:,} tokens\n")
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("batch", __doc__, rounds=5, peers=[PEER])
+    found = make_parser("batch", __doc__, rounds=5, data=suite.OWN, dtypes=[*TOLERANCES], peers=PEERS)
     sizes = {"type": int, "nargs": "*", "metavar": "N"}
     found.add_argument("--sizes", **sizes, default=[64, 512, 2048], help="batch sizes to time [64 512 2048]")
     found.add_argument("--memory", **sizes, default=[512], help="sizes for memory [512]")
-    found.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the forward pass [float32]")
     return found
 
 

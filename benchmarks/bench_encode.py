@@ -14,25 +14,21 @@ import argparse
 import random
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from embedft import Embedder, RetrievalDataset, load_embedder
+from embedft import Embedder, load_embedder
 from embedft.vectors import unit_rows
-from experiments.sources import SOURCES
 
 from . import peers, suite
-from .suite import DTYPES, Row, make_parser, matrix_rate, measure, published, require_close
+from .suite import DTYPES, Row, load_data, make_parser, matrix_rate, measure, require_close
 from .workers import Worker
 
 TOLERANCE, SCALES = 1e-5, (1_000, 10_000, 100_000)
 LEAST_COSINE = {"float32": 1.0, "bfloat16": 0.9998, "float16": 0.9998, "int8": 0.995, "embedft-float32": 1.0}
-LEAST_COSINE |= peers.LEAST_COSINE
-PEERS = [*peers.LEAST_COSINE, "embedft-float32"]
-DATA = "folder of lyft_uber and finance_qa, or a data set of your own"
+LEAST_COSINE |= {name: peer.least_cosine for name, peer in peers.PEERS.items()}
 
 
 class Ours:
@@ -60,20 +56,13 @@ class SentenceTransformers(Ours):
         self.vectors = self.model.encode(self.texts[case], **options)
 
 
-def is_own(data: str | None) -> bool:
-    """Whether --data is a data set of the user's own, rather than the folder of the published ones."""
-    return data is not None and not any(Path(data, name).is_dir() for name in SOURCES)
-
-
 def load_texts(options: argparse.Namespace) -> dict[str, list[str]]:
     """Texts by case, at most --number of each: Uber's and the finance questions', or the user's; and a mix of all."""
-    if is_own(options.data):
-        own = RetrievalDataset.load(options.data, skip_empty=True)
+    if own := suite.own_data(options.data):
         found = {"queries": own.queries, "documents": own.texts}
     else:
-        uber = RetrievalDataset.load(published("lyft_uber", options.data) / "val_dataset.json")
-        file = published("finance_qa", options.data) / "Financial-QA-10k.csv"
-        finance = RetrievalDataset.load(file, skip_empty=True)
+        uber = load_data("lyft_uber", "val_dataset.json", options.data)
+        finance = load_data("finance_qa", "Financial-QA-10k.csv", options.data)
         found = {"Uber questions": uber.queries, "finance contexts": finance.texts, "Uber chunks": uber.texts}
     texts = {case: list(by_id.values()) for case, by_id in found.items()}
     mix = [text for part in texts.values() for text in part]
@@ -168,7 +157,8 @@ def add_texts(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = add_texts(make_parser("encode", __doc__, rounds=5, data=DATA, dtypes=DTYPES, peers=PEERS))
+    choices = {"dtypes": DTYPES, "peers": [*peers.PEERS, "embedft-float32"]}
+    parser = add_texts(make_parser("encode", __doc__, rounds=5, data=suite.PUBLISHED, **choices))
     parser.add_argument("--peer-batch", type=int, default=32, metavar="N", help="texts of a peer's batch [its default]")
     sizes = ", ".join(f"{n:,}" for n in SCALES)
     parser.add_argument("--scaling", action="store_true", help=f"time per token for {sizes} texts of the first case")

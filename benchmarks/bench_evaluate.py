@@ -19,6 +19,7 @@ extrapolated linearly in documents x queries, and marked as such; it works in ch
 import argparse
 import importlib.util
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +29,13 @@ import pytrec_eval
 import scipy.stats
 import torch
 
-from embedft import RetrievalDataset, Run, evaluate, evaluate_run, load_embedder
+from embedft import RetrievalDataset, Run, evaluate, evaluate_run
 from embedft.retrieval.metrics import Qrels, average_precision, judge, measure
 from embedft.retrieval.significance import paired_bootstrap_interval, sign_flip_p_value
-from experiments.repro_matryoshka_finance import read_rows
 
 from . import suite
-from .bench_search import seconds_of
-from .suite import Row, make_parser, published
-from .vectors import add_vectors, perturbed, rounded, write_perturbed
+from .suite import DTYPES, Row, make_parser
+from .vectors import add_vectors, encode_texts, perturbed, rounded, write_perturbed
 from .workers import Worker, alternate, most_anonymous
 
 TOLERANCE, RANX_TOLERANCE = 1e-9, 1e-6
@@ -135,9 +134,7 @@ class Peer(Watched):
 
 def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
     """A task with all documents and queries, and a smaller one that sentence-transformers gets too."""
-    dataset, _ = read_rows(published("finance_qa", options.data) / "Financial-QA-10k.csv")
-    texts = list(dataset.texts.values())[: options.texts]
-    encoded_CD = load_embedder(options.base, device=options.device).encode(texts, role="document", dim=options.dim)
+    encoded_CD = encode_texts(options, "document")
     path = Path(folder, "documents.npy")
     documents_ND = write_perturbed(path, encoded_CD, options.documents, noise=options.noise, steps=STEPS)
 
@@ -146,7 +143,7 @@ def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
         queries_QD = perturbed(documents_ND[rows], range(num_queries), QUERY_NOISE, 1)
         # Every C-th document has the same context.
         relevant = [
-            [row, *range(row + len(texts), num_documents, len(texts))][: 1 if i % 4 else 4]
+            [row, *range(row + len(encoded_CD), num_documents, len(encoded_CD))][: 1 if i % 4 else 4]
             for i, row in enumerate(rows.tolist())
         ]
         return Task(str(path), num_documents, rounded(queries_QD, STEPS), relevant)
@@ -202,6 +199,17 @@ def row_of(task: Task, seconds: list[float], before: int, most: int) -> Row:
     embeddings, beside = task.num_documents * task.queries_QD.itemsize * task.queries_QD.shape[1], most - before
     more = {"embeddings_bytes": embeddings, "memory_ratio": beside / embeddings}
     return Row(f"evaluate {task.size()}", seconds, peak_bytes=beside, more=more)
+
+
+def seconds_of(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contestant, run in the order A B A B ...; expects them to be warm."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDataset) -> list[Row]:
@@ -269,35 +277,53 @@ def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Ca
     }, difference
 
 
+class Resampling:
+    """Intervals and a p-value of made-up differences between two systems."""
+
+    def __init__(self, num_samples: int, num_questions: int):
+        values, shares = [-1.0, -0.5, 0.0, 0.5, 1.0], [0.05, 0.1, 0.6, 0.15, 0.1]
+        self.differences_Q = np.random.default_rng(0).choice(values, num_questions, p=shares)
+        self.pairs, self.num_samples = [str(i // 2) for i in range(num_questions)], num_samples
+
+    def interval(self, *clusters: list[str]) -> tuple[float, float]:
+        given = {"generator": np.random.default_rng(1), "num_samples": self.num_samples}
+        return paired_bootstrap_interval(self.differences_Q, *clusters, **given)
+
+    def clustered(self) -> tuple[float, float]:
+        return self.interval(self.pairs)
+
+    def p_value(self) -> float:
+        given = {"generator": np.random.default_rng(1), "num_samples": self.num_samples}
+        return sign_flip_p_value(self.differences_Q, **given)
+
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return self.differences_Q.std() / len(self.differences_Q) ** 0.5
+
+
+class SciPy(Resampling):
+    def interval(self) -> tuple[float, float]:
+        given = {"n_resamples": self.num_samples, "method": "percentile", "batch": 100}
+        return tuple(scipy.stats.bootstrap((self.differences_Q,), np.mean, **given).confidence_interval)
+
+
 def resampling(options: argparse.Namespace) -> list[Row]:
-    """Times intervals and a p-value on made-up differences between two systems."""
-    rng = np.random.default_rng(0)
-    differences_Q = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], NUM_QUESTIONS, p=[0.05, 0.1, 0.6, 0.15, 0.1])
-    pairs = [str(i // 2) for i in range(NUM_QUESTIONS)]
-
-    def interval(clusters: list[str] | None = None) -> tuple[float, float]:
-        generator = np.random.default_rng(1)
-        return paired_bootstrap_interval(differences_Q, clusters, generator=generator, num_samples=NUM_SAMPLES)
-
-    def scipy_interval() -> tuple[float, float]:
-        options = {"n_resamples": NUM_SAMPLES, "method": "percentile", "batch": 100}
-        return tuple(scipy.stats.bootstrap((differences_Q,), np.mean, **options).confidence_interval)
-
+    """Times intervals and a p-value."""
     peer = f"scipy.stats.bootstrap {scipy.__version__}"
-    contestants = {
-        "bootstrap interval": interval,
-        "bootstrap interval, two questions / document": lambda: interval(pairs),
-        "sign-flip p-value": lambda: sign_flip_p_value(
-            differences_Q, generator=np.random.default_rng(1), num_samples=NUM_SAMPLES
-        ),
-        peer: scipy_interval,
+    workers = {
+        name: Worker(make, NUM_SAMPLES, NUM_QUESTIONS) for name, make in (("embedft", Resampling), (peer, SciPy))
     }
-    error = differences_Q.std() / NUM_QUESTIONS**0.5
-    require_close({"interval": interval()}, {"interval": scipy_interval()}, "SciPy", INTERVAL_TOLERANCE * error)
-    seconds = seconds_of(contestants, options.rounds)
+    ours, theirs = (worker.call("interval") for worker in workers.values())  # also warms up
+    most = INTERVAL_TOLERANCE * workers["embedft"].call("error")
+    require_close({"interval": ours}, {"interval": theirs}, "SciPy", most)
+    rows = suite.measure("bootstrap interval", workers, "interval", rounds=options.rounds, warmup=0)
+    alone = {"embedft": workers["embedft"]}
+    rows += suite.measure("bootstrap interval, two questions / document", alone, "clustered", rounds=options.rounds)
+    rows += suite.measure("sign-flip p-value", alone, "p_value", rounds=options.rounds)
+    for worker in workers.values():
+        worker.close()
     print(f"resampling: {NUM_SAMPLES:,} samples over {NUM_QUESTIONS:,} questions; the limit is {BOOTSTRAP_LIMIT} s\n")
-    first, *others, _ = contestants
-    return [Row(first, seconds[first], peer, seconds[peer]), *(Row(name, seconds[name]) for name in others)]
+    return rows
 
 
 def main(options: argparse.Namespace) -> list[Row]:
@@ -307,7 +333,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("evaluate", __doc__, rounds=3, data="folder of finance_qa")
+    found = make_parser("evaluate", __doc__, rounds=3, data=suite.PUBLISHED, dtypes=DTYPES)
     found.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
     found.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
     found.add_argument("--peer-queries", type=int, default=1_000, help="most queries for the peer [1000]")

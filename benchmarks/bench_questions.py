@@ -30,9 +30,9 @@ MODEL = "gpt-4o-mini"
 
 
 class Ours:
-    def __init__(self, num_chunks: int):
+    def __init__(self, chunks: list[Chunk]):
         os.environ.setdefault("OPENAI_API_KEY", "none")
-        self.chunks = make_chunks(num_chunks)
+        self.chunks = chunks
 
     def write(self, base_url: str) -> None:
         config = QuestionConfig(MODEL, base_url=base_url, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
@@ -44,11 +44,11 @@ class Ours:
 
 
 class Bare:
-    def __init__(self, num_chunks: int):
+    def __init__(self, chunks: list[Chunk]):
         import openai
 
         self.openai = openai
-        self.chunks = make_chunks(num_chunks)
+        self.chunks = chunks
 
     def write(self, base_url: str) -> None:
         self.questions = asyncio.run(self.gather(base_url))
@@ -80,14 +80,16 @@ class Bare:
         return self.questions
 
 
-def make_chunks(number: int) -> list[Chunk]:
-    """Chunks the size of a page of a filing, about 3,000 bytes."""
-    return [Chunk(f"c{i}", f"Passage {i}. " + "The revenue of the year rose. " * 100) for i in range(number)]
+def make_texts(number: int) -> list[str]:
+    """Texts of the size of a page of a filing, about 3,000 bytes."""
+    return [f"Passage {i}. " + "The revenue of the year rose. " * 100 for i in range(number)]
 
 
 def main(options: argparse.Namespace) -> list[Row]:
     peer = f"bare loop, openai {suite.version('openai')}"
-    workers = {"embedft": Worker(Ours, options.chunks), peer: Worker(Bare, options.chunks)}
+    texts = suite.own_texts(options.data, options.chunks) or make_texts(options.chunks)
+    chunks = [Chunk(f"c{i}", text) for i, text in enumerate(texts)]
+    workers = {"embedft": Worker(Ours, chunks), peer: Worker(Bare, chunks)}
     rows = []
     for share in (0.0, 0.2):
         command = [sys.executable, str(SERVER), "--delay", str(DELAY_SECONDS), "--faults", str(share)]
@@ -106,12 +108,12 @@ def main(options: argparse.Namespace) -> list[Row]:
             server.wait()
     for worker in workers.values():
         worker.close()
-    print(f"{options.chunks:,} chunks, {CONCURRENCY} requests in flight, {DELAY_SECONDS * 1000:.0f} ms per reply\n")
+    print(f"{len(chunks):,} chunks, {CONCURRENCY} requests in flight, {DELAY_SECONDS * 1000:.0f} ms per reply\n")
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("questions", __doc__, rounds=5, base=False, devices=False)
+    found = make_parser("questions", __doc__, rounds=5, base=False, data=suite.OWN, devices=False)
     found.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
     return found
 

@@ -15,35 +15,80 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 
-from embedft import load_embedder
 from embedft.retrieval.approximate import FaissIndex
 from embedft.retrieval.index import Found, recall_against, search_exact
-from experiments.repro_matryoshka_finance import read_rows
 
 from . import suite
-from .suite import Row, make_parser, published
-from .vectors import add_vectors, perturbed, write_perturbed
-from .workers import synchronize
+from .suite import DTYPES, Row, make_parser, measure
+from .vectors import add_vectors, encode_texts, perturbed, write_perturbed
+from .workers import Worker
 
 TOLERANCE, LIMIT = 1e-5, 1.3
 RECALL_DEPTH, TARGET, LEAST_TIMES = 10, 0.95, 10
 
 
-def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """Documents (a memory map) and queries."""
-    dataset, _ = read_rows(published("finance_qa", options.data) / "Financial-QA-10k.csv")
-    embedder = load_embedder(options.base, device=options.device)
-    contexts = embedder.encode(list(dataset.texts.values())[: options.texts], role="document", dim=options.dim)
-    questions = embedder.encode(list(dataset.queries.values())[: options.texts], role="query", dim=options.dim)
-    number = max(options.documents, options.ivf, options.hnsw)
-    documents = write_perturbed(Path(folder, "documents.npy"), contexts, number, noise=options.noise)
-    return documents, perturbed(questions, range(options.queries), options.noise, 1)
+def make_data(options: argparse.Namespace, folder: str) -> tuple[str, np.ndarray]:
+    """The file of the documents, and the queries."""
+    path, number = Path(folder, "documents.npy"), max(options.documents, options.ivf, options.hnsw)
+    write_perturbed(path, encode_texts(options, "document"), number, noise=options.noise)
+    return str(path), perturbed(encode_texts(options, "query"), range(options.queries), options.noise, 1)
+
+
+class Searcher:
+    """Finds the first `depth` of the first `number` documents of a file."""
+
+    def __init__(self, path: str, number: int, queries_QD: np.ndarray, depth: int, *options: Any):
+        self.documents_ND = np.load(path, mmap_mode="r")[:number]
+        self.queries_QD, self.depth = queries_QD, depth
+        self.prepare(*options)
+
+    def search(self) -> None:
+        self.found = self.find()
+
+    def result(self) -> Found:
+        return self.found
+
+
+class Exact(Searcher):
+    """`search_exact` on a device, over documents in memory or in slices of the file."""
+
+    def prepare(self, device: str, held: bool) -> None:
+        self.device, self.documents_ND = device, np.array(self.documents_ND) if held else self.documents_ND
+
+    def find(self) -> Found:
+        return search_exact(self.queries_QD, self.documents_ND, self.depth, device=self.device)
+
+
+class FaissFlat(Searcher):
+    def prepare(self) -> None:
+        self.index = faiss.IndexFlatIP(self.documents_ND.shape[1])
+        self.index.add(self.documents_ND)
+
+    def find(self) -> Found:
+        return Found(*self.index.search(self.queries_QD, self.depth))
+
+
+class Approximate(Searcher):
+    """One of the indices of embedft/retrieval/approximate.py."""
+
+    def prepare(self, name: str) -> None:
+        held_ND, start = np.array(self.documents_ND), time.perf_counter()
+        self.index = FaissIndex(held_ND, name)
+        self.build_seconds = time.perf_counter() - start
+
+    def find(self) -> Found:
+        return self.index.search(self.queries_QD, self.depth)
+
+    def facts(self) -> tuple[str, dict[str, float]]:
+        """What the index is, and the figures that it has."""
+        figures = {"build_seconds": self.build_seconds, "bytes_per_document": self.index.bytes_per_vector}
+        return f"({self.index.factory}), {self.index.parameters}", figures
 
 
 def require_equal(found: Found, expected: Found, name: str) -> None:
@@ -59,77 +104,53 @@ def require_equal(found: Found, expected: Found, name: str) -> None:
         )
 
 
-def seconds_of(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant, run in the order A B A B ...; expects them to be warm."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+def exact(options: argparse.Namespace, path: str, queries: np.ndarray) -> list[Row]:
+    given, peer = (path, options.documents, queries, options.depth), f"FAISS IndexFlatIP {faiss.__version__}"
+    theirs, rows = Worker(FaissFlat, *given), []
+    theirs.call("search")  # also warms up
+    sizes = {"documents": options.documents, "queries": len(queries), "depth": options.depth}
+    for case, held in (("search_exact", True), ("search_exact, from a file", False)):
+        ours = Worker(Exact, *given, options.device, held, device=options.device)
+        ours.call("search")
+        require_equal(ours.call("result"), theirs.call("result"), case)
+        rows += measure(case, {"embedft": ours, peer: theirs}, "search", rounds=options.rounds, warmup=0, more=sizes)
+        ours.close()
+    theirs.close()
+    return rows
 
 
-def exact(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> list[Row]:
-    documents = documents[: options.documents]
-    peer, held = faiss.IndexFlatIP(documents.shape[1]), np.array(documents)
-    peer.add(documents)
-
-    def search(documents: np.ndarray) -> Found:
-        found = search_exact(queries, documents, options.depth, device=options.device)
-        synchronize(options.device)
-        return found
-
-    name = f"FAISS IndexFlatIP {faiss.__version__}"
-    contestants = {
-        name: lambda: Found(*peer.search(queries, options.depth)),
-        "search_exact": lambda: search(held),
-        "search_exact, from a file": lambda: search(documents),
-    }
-    expected, *found = (work() for work in contestants.values())
-    for case, results in zip(list(contestants)[1:], found, strict=True):
-        require_equal(results, expected, case)
-    seconds = seconds_of(contestants, options.rounds)
-    sizes = {"documents": len(documents), "queries": len(queries), "depth": options.depth}
-    return [Row(case, times, name, seconds[name], more=dict(sizes)) for case, times in seconds.items() if case != name]
-
-
-def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> list[Row]:
-    rows = []
+def approximate(options: argparse.Namespace, path: str, queries: np.ndarray) -> list[Row]:
+    rows: list[Row] = []
     for name, number in zip(options.indices, (options.ivf, options.hnsw), strict=True):
-        part = np.array(documents[:number])
-        start = time.perf_counter()
-        index = FaissIndex(part, name)
-        more = {"documents": number, "queries": len(queries), "build_seconds": time.perf_counter() - start}
-        exact_rows_QK = search_exact(queries, part, RECALL_DEPTH).rows
-        found_rows_QK = index.search(queries, RECALL_DEPTH).rows
-        more[f"recall@{RECALL_DEPTH}"] = float(recall_against(found_rows_QK, exact_rows_QK).mean())
-        contestants = {
-            "flat": lambda part=part: search_exact(queries, part, RECALL_DEPTH),
-            "index": lambda index=index: index.search(queries, RECALL_DEPTH),
-        }
-        seconds = seconds_of(contestants, options.rounds)
-        more["queries_per_second"] = len(queries) / statistics.median(seconds["index"])
-        more["bytes_per_document"] = index.bytes_per_vector
-        case = f"{name} ({index.factory}), {index.parameters}"
-        rows.append(Row(case, seconds["index"], "flat", seconds["flat"], more=more))
+        given = path, number, queries, RECALL_DEPTH
+        workers = {"embedft": Worker(Approximate, *given, name), "flat": Worker(Exact, *given, "cpu", True)}
+        found_rows_QK, exact_rows_QK = (
+            worker.call("search") or worker.call("result").rows for worker in workers.values()
+        )
+        what, figures = workers["embedft"].call("facts")
+        rows += measure(f"{name} {what}", workers, "search", rounds=options.rounds, warmup=0)
+        rows[-1].more = {"documents": number, "queries": len(queries), **figures}
+        rows[-1].more[f"recall@{RECALL_DEPTH}"] = float(recall_against(found_rows_QK, exact_rows_QK).mean())
+        rows[-1].more["queries_per_second"] = len(queries) / statistics.median(rows[-1].seconds)
+        for worker in workers.values():
+            worker.close()
     return rows
 
 
 def main(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        documents, queries = make_data(options, folder)
-        rows = exact(options, documents, queries) + approximate(options, documents, queries)
+        path, queries = make_data(options, folder)
+        rows = exact(options, path, queries) + approximate(options, path, queries)
     print(
         f"{options.documents:,} documents (ivf: {options.ivf:,}, hnsw: {options.hnsw:,}), {len(queries):,} queries in"
     )
-    print(f"one call, top {options.depth}, {documents.shape[1]} dimensions, noise of length {options.noise}; goals: at")
+    print(f"one call, top {options.depth}, {queries.shape[1]} dimensions, noise of length {options.noise}; goals: at")
     print(f"most {LIMIT} of FAISS's time; recall of {TARGET} at {LEAST_TIMES} times flat's rate\n")
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("search", __doc__, rounds=3, data="folder of finance_qa")
+    found = make_parser("search", __doc__, rounds=3, data=suite.PUBLISHED, dtypes=DTYPES)
     found.add_argument("--documents", type=int, default=1_000_000, help="documents for exact search [1000000]")
     found.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
     found.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")

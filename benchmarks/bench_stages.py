@@ -3,8 +3,8 @@
 FLOPs are those of products. Bytes are what the kernels of each stage read and write at least, each tensor once per
 kernel; attention's weights, masks and padding are not counted. A stage's floor is the larger of its FLOPs at the rate
 of plain matrix products and its bytes at that of adding two tensors, both measured first. Copies are ours; another
-implementation may need none. What a stage takes is its share in torch's profiler of the time measured without it. For
-BERT and RoBERTa.
+implementation may need none. What a stage takes is its share in torch's profiler of the time measured without it; of
+MPS, the profiler sees nothing, so that only the whole is shown. For BERT and RoBERTa.
 
     python -m benchmarks.bench_stages --rounds 5
     python -m benchmarks.bench_stages --dtype bfloat16 --lengths chunks --number 10       # the forward pass alone
@@ -17,11 +17,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 
 from embedft import Embedder, build_loss, load_embedder
 from embedft.encoders.layers import inference
@@ -32,6 +33,7 @@ from embedft.training.optim import build_optimizer
 from . import suite
 from .shapes import DECILES, draw_lengths
 from .suite import Row, make_parser, matrix_rate
+from .workers import synchronize
 
 FAMILIES = ("bert", "roberta")
 LINEAR, ATTENTION, NORMS, ENDS = "linear layers", "attention", "norms, activations, dropout", "embeddings, pooling"
@@ -98,25 +100,35 @@ def stage_of(operation: str) -> str:
     return next((name for name, parts in OPERATIONS.items() if any(x in operation.lower() for x in parts)), COPIES)
 
 
-def memory_rate(rows: int, columns: int, dtype: torch.dtype) -> float:
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds until the device has finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def memory_rate(rows: int, columns: int, dtype: torch.dtype, device: str) -> float:
     """Bytes/s that a sum of two [rows, columns] tensors reads and writes, the best of a few."""
-    x, y, out = (torch.ones(rows, columns, dtype=dtype) for _ in range(3))
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.add(x, y, out=out)
-        best = min(best, time.perf_counter() - start)
-    return 3 * out.nbytes / best
+    x, y, out = (torch.ones(rows, columns, dtype=dtype, device=device) for _ in range(3))
+    return 3 * out.nbytes / min(timed(lambda: torch.add(x, y, out=out), device) for _ in range(10))
 
 
-def shares(work: Callable[[], None], known: Collection[str]) -> dict[str, float]:
+def shares(work: Callable[[], None], known: Collection[str], device: str) -> dict[str, float]:
     """Share of each known stage in the time that the profiler sees; all others are copies and the rest."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    on_cuda, activities = torch.device(device).type == "cuda", torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activities.CPU, *([activities.CUDA] if on_cuda else [])]) as profiler:
         work()
+        synchronize(device)
     found: Counter = Counter()
     for event in profiler.key_averages():
+        if event.device_type != DeviceType.CPU:  # kernels; the operations that started them have their time
+            continue
         name = stage_of(event.key)
-        found[name if name in known else COPIES] += event.self_cpu_time_total
+        found[name if name in known else COPIES] += (
+            event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        )
     return {name: value / sum(found.values()) for name, value in found.items()}
 
 
@@ -143,20 +155,16 @@ def make_step(embedder: Embedder, packed: Packed) -> Callable[[], None]:
     return step
 
 
-def rows_of(what: str, work: Callable[[], None], needed: dict[str, Stage], rates: tuple, rounds: int) -> list[Row]:
-    """A row for the whole and for each stage."""
+def rows_of(what: str, work: Callable[[], None], needed: dict[str, Stage], rates: tuple, options: Any) -> list[Row]:
+    """A row for the whole and, where the profiler sees them, for each stage."""
     work()  # warms up
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    parts, rows = shares(work, needed), []
+    seconds, rows = [timed(work, options.device) for _ in range(options.rounds)], []
+    parts = {} if options.device.startswith("mps") else shares(work, needed, options.device)
     floors = {name: stage.floor(*rates) for name, stage in needed.items()}
     whole = Stage(*(sum(values) for values in zip(*needed.values(), strict=True)))
     for name, stage, share, floor in [
         ("all", whole, 1.0, sum(floors.values())),
-        *((name, stage, parts.get(name, 0.0), floors[name]) for name, stage in needed.items()),
+        *((name, stage, parts.get(name, 0.0), floors[name]) for name, stage in needed.items() if parts),
     ]:
         taken = [share * value for value in seconds]
         reached = floor / max(statistics.median(taken), 1e-9)
@@ -170,29 +178,35 @@ def main(options: argparse.Namespace) -> list[Row]:
     if options.number < 2:
         raise ValueError(f"--number is {options.number}, expected at least 2")
     dtype = getattr(torch, options.dtype)
-    embedder = load_embedder(options.base, device="cpu", dtype=dtype)
+    embedder = load_embedder(options.base, device=options.device, dtype=dtype)
+    embedder.autocast = False  # so that --dtype is what computes, on CUDA too
     if (family := embedder.source.config["model_type"]) not in FAMILIES:
         raise ValueError(f"{options.base}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
     lengths = draw_lengths(options.lengths, options.number, most=embedder.max_length)
+    if texts := suite.own_texts(options.data, options.number):
+        lengths = embedder.pack(texts, role="document").lengths().numpy()
     draw = np.random.default_rng(0)
     packed = pack([draw.integers(embedder.encoder.config.vocab_size, size=length).tolist() for length in lengths])
     sizes = Sizes.of(embedder.encoder)
-    rates = matrix_rate("cpu", options.dtype), memory_rate(int(lengths.sum()), sizes.inner, dtype)
+    rates = (
+        matrix_rate(options.device, options.dtype),
+        memory_rate(int(lengths.sum()), sizes.inner, dtype, options.device),
+    )
     print(f"{len(lengths)} texts, {lengths.sum():,} tokens; {rates[0] / 1e9:.0f} GFLOP/s, {rates[1] / 1e9:.0f} GB/s\n")
     num_bytes = {"num_bytes": dtype.itemsize}
     with inference(embedder):
         work, needed = make_forward(embedder, packed), stages(sizes, lengths, training=False, **num_bytes)
-        rows = rows_of("forward", work, needed, rates, options.rounds)
+        rows = rows_of("forward", work, needed, rates, options)
     if options.dtype == "float32":
         embedder.train()
         work, needed = make_step(embedder, packed), stages(sizes, lengths, training=True, **num_bytes)
-        rows += rows_of("step", work, needed, rates, options.rounds)
+        rows += rows_of("step", work, needed, rates, options)
     return rows
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("stages", __doc__, rounds=5, devices=False, dtypes=("float32", "bfloat16"))
-    found.add_argument("--lengths", choices=DECILES, default="contexts", help="of the texts [%(default)s]")
+    found = make_parser("stages", __doc__, rounds=5, data=suite.OWN, dtypes=("float32", "bfloat16"))
+    found.add_argument("--lengths", choices=DECILES, default="contexts", help="of random texts [%(default)s]")
     found.add_argument("--number", type=int, default=96, metavar="N", help="texts of the batch [%(default)s]")
     return found
 

@@ -1,6 +1,7 @@
 """The cost of the store: encoding texts through it, a tenth of them new, against that tenth; opening a large store.
 
-The texts are random sentences of about ten tokens: the shorter the text, the larger the store's share of the time.
+The texts are random sentences of about ten tokens, or the documents of --data: the shorter the text, the larger the
+store's share of the time.
 Before timing, vectors with and without the store must agree to 1e-5.
 
     python -m benchmarks.bench_store --rounds 5
@@ -111,7 +112,8 @@ def large_vectors(texts: Sequence[str]) -> np.ndarray:
 
 
 def a_tenth_is_new(options: argparse.Namespace, folder: str) -> Row:
-    texts, num_new = make_texts(options.texts), max(1, round(options.texts * NEW_SHARE))
+    texts = suite.own_texts(options.data, options.texts) or make_texts(options.texts)
+    num_new = max(1, round(len(texts) * NEW_SHARE))
     random.Random(1).shuffle(texts)
     store = Worker(ThroughStore, options, texts, num_new, folder, device=options.device)
     alone = Worker(Alone, options, texts, num_new, device=options.device)
@@ -164,7 +166,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("store", __doc__, rounds=5, dtypes=[*TOLERANCES])
+    found = make_parser("store", __doc__, rounds=5, data=suite.OWN, dtypes=[*TOLERANCES])
     found.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
     found.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
     found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")

@@ -12,7 +12,7 @@ import numpy as np
 from embedft import load_embedder
 
 from . import peers, suite
-from .bench_encode import DATA, add_texts, load_base, load_texts, start_workers
+from .bench_encode import add_texts, load_base, load_texts, start_workers
 from .suite import Row, make_parser, measure
 
 PEER_BATCH = 32  # texts, as in its `encode`
@@ -68,7 +68,9 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("tokenize", __doc__, rounds=5, data=DATA, devices=False, peers=["sentence-transformers"])
+    found = make_parser(
+        "tokenize", __doc__, rounds=5, data=suite.PUBLISHED, devices=False, peers=["sentence-transformers"]
+    )
     return add_texts(found)
 
 

@@ -1,14 +1,15 @@
 """Training steps against sentence-transformers': plain, with gradient caching, Matryoshka, and LoRA.
 
 Ours are steps of `finetune`, with everything that it does between them: tokenizing, packing and logging, whose share of
-the time is shown. The peer's are steps of its model and loss (LoRA: through PEFT) with the same batches, optimizer,
-clipping and precision, without the overhead of its trainer. Before timing, the losses of the first batch must agree
-(dropout off); then both train with their own default dropout (the peer also drops attention weights, embedft only
-hidden activations). The peer `embedft-float32` shows what another --precision gains.
+the time is shown. The peer's are steps of its model and loss (LoRA: through PEFT) with the same batches, optimizer
+and clipping, without the overhead of its trainer. Both have float32 weights; lower precisions are those of autocast.
+Before timing, the losses of the first batch must agree (dropout off); then both train with their own default dropout
+(the peer also drops attention weights, embedft only hidden activations). The peer `embedft-float32` shows what --dtype
+gains.
 
     python -m benchmarks.bench_train --rounds 5
-    python -m benchmarks.bench_train --mode plain --precision bfloat16 --peer embedft-float32
-    python -m benchmarks.bench_train --mode plain --device cuda --precision bfloat16 --config '{"batch_size": 512}'
+    python -m benchmarks.bench_train --mode plain --dtype bfloat16 --peer sentence-transformers-bf16 embedft-float32
+    python -m benchmarks.bench_train --mode plain --device cuda --dtype bfloat16 --config '{"batch_size": 512}'
 """
 
 import argparse
@@ -33,8 +34,8 @@ from embedft.training.train import RELEASE_EVERY
 from experiments.repro_matryoshka_finance import matryoshka_dims, read_rows, split_rows
 
 from . import peers, suite
-from .bench_encode import DATA, is_own, load_base, start_workers
-from .suite import Row, make_parser, matrix_rate, measure, published, require_close
+from .bench_encode import load_base, start_workers
+from .suite import Row, load_data, make_parser, matrix_rate, measure, published, require_close
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.05}
 LORA, MINI_BATCH_TOKENS = {"rank": 8, "alpha": 16}, 2_048
@@ -110,8 +111,10 @@ class SentenceTransformers:
     def __init__(self, name: str, mode: str, model: str, out: str, options: argparse.Namespace):
         from sentence_transformers.sentence_transformer import losses
 
-        self.model = peers.load_peer(name, model, device=options.device, max_length=options.max_length)
-        self.device, self.config, self.num_steps = torch.device(options.device), make_config(mode, model, options), 0
+        given = {"device": options.device, "max_length": options.max_length, "training": True}
+        self.model, self.device = peers.load_peer(name, model, **given), torch.device(options.device)
+        self.config, self.num_steps = make_config(mode, model, options), 0
+        self.dtype = peers.dtype_of(name, options.dtype)
         if mode == "lora":
             from peft import LoraConfig
 
@@ -128,12 +131,12 @@ class SentenceTransformers:
         self.first = next(batches(dataset, lambda texts, *, role: texts, self.config))
         settings = {"lr": self.config.lr, "weight_decay": self.config.weight_decay}
         self.optimizer = build_optimizer(self.model, **settings)
-        self.scaler = make_scaler(self.config.precision, self.device)
+        self.scaler = make_scaler(self.dtype, self.device)
 
     def loss_of(self, batch: Batch) -> torch.Tensor:
         features = [self.model.preprocess(texts) for texts in (batch.queries, batch.documents)]
         features = [{k: v.to(self.device) if torch.is_tensor(v) else v for k, v in f.items()} for f in features]
-        with autocast(self.config.precision, self.device)():
+        with autocast(self.dtype, self.device)():
             return self.loss(features, None)
 
     def first_loss(self) -> float:
@@ -157,17 +160,17 @@ class SentenceTransformers:
 
 def load_dataset(mode: str, options: argparse.Namespace) -> RetrievalDataset:
     """The training set: Lyft's, the finance questions', or the user's."""
-    if is_own(options.data):
-        return RetrievalDataset.load(options.data, skip_empty=True)
-    folder = published(MODES[mode].data, options.data)
     if MODES[mode].data == "lyft_uber":
-        return RetrievalDataset.load(folder / "train_dataset.json")
-    return split_rows(*read_rows(folder / "Financial-QA-10k.csv"), keep_back=False).train
+        return load_data("lyft_uber", "train_dataset.json", options.data)
+    if own := suite.own_data(options.data):
+        return own
+    file = published("finance_qa", options.data) / "Financial-QA-10k.csv"
+    return split_rows(*read_rows(file), keep_back=False).train
 
 
 def make_config(mode: str, model: str, options: argparse.Namespace) -> FinetuneConfig:
     settings = {"epochs": 1_000, "checkpoint_every": 10**9, "lr": 2e-5, "no_duplicates": True, "seed": 0}
-    settings |= MODES[mode].config | {"precision": options.precision} | json.loads(options.config)
+    settings |= MODES[mode].config | {"precision": options.dtype} | json.loads(options.config)
     if settings.get("loss", {}).get("name") == "matryoshka":
         dims = matryoshka_dims(load_embedder(model, device="cpu").full_dim)
         settings["loss"] = {"name": "matryoshka", "dims": dims, "inner": {"name": "in_batch_negatives"}}
@@ -183,12 +186,14 @@ def batches(dataset: RetrievalDataset, pack: Any, config: FinetuneConfig) -> Ite
 def rows_of(mode: str, folder: str, out: str, options: argparse.Namespace) -> list[Row]:
     workers = start_workers(options, mode, folder, out, ours=Ours, theirs=SentenceTransformers)
     losses = {name: worker.call("first_loss") for name, worker in workers.items()}
-    tolerance = TOLERANCE[options.precision]
-    differences = {
-        name: require_close(mode, losses["embedft"], losses[name], tolerance, "losses") for name in list(losses)[1:]
-    }
+    differences = {}
+    for name in list(losses)[1:]:
+        peer = name.partition(" ")[0]
+        theirs = "float32" if peer == "embedft-float32" else peers.dtype_of(peer, options.dtype)
+        tolerance = max(TOLERANCE[options.dtype], TOLERANCE[theirs])
+        differences[name] = require_close(mode, losses["embedft"], losses[name], tolerance, "losses")
     steps, case = MODES[mode].steps, f"{mode}, {MODES[mode].steps} steps"
-    rate = workers["embedft"].call(matrix_rate, options.device, options.precision)
+    rate = workers["embedft"].call(matrix_rate, options.device, options.dtype)
     rows = measure(mode, workers, "steps", steps, rounds=options.rounds, differences=differences)
     records = workers["embedft"].call("last_records", steps * options.rounds)
     tokens = sum(record["tokens"] for record in records) / options.rounds
@@ -209,9 +214,9 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("train", __doc__, rounds=5, data=DATA, peers=["sentence-transformers", "embedft-float32"])
+    choices = {"dtypes": [*TOLERANCE], "peers": [*peers.TRAINING, "embedft-float32"]}
+    found = make_parser("train", __doc__, rounds=5, data=suite.PUBLISHED, **choices)
     found.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="what to train [all]")
-    found.add_argument("--precision", default="float32", choices=TOLERANCE, help="of the forward pass [%(default)s]")
     found.add_argument("--config", default="{}", metavar="JSON", help="other settings, as of `embedft finetune`")
     found.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a text [%(default)s]")
     return found

@@ -1,4 +1,4 @@
-"""sentence-transformers as users run it, by the name that --peer gives.
+"""sentence-transformers as users run it, by the name that --peer gives, in inference and in training.
 
 model = load_peer("sentence-transformers-bf16", folder, device="cpu", dtype="float32", max_length=512)
 model.encode(texts)
@@ -7,19 +7,26 @@ model.encode(texts)
 import importlib.metadata
 import tempfile
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-# The smallest cosine to our vectors that is accepted; 1: their values must be equal.
-LEAST_COSINE = {
-    "sentence-transformers": 1.0,
-    "sentence-transformers-bf16": 0.999,
-    "sentence-transformers-compile": 1.0,  # in our precision
-    "sentence-transformers-flash": 0.999,  # bfloat16, without padding; needs flash-attn
-    "sentence-transformers-onnx-int8": 0.9,
-    "sentence-transformers-openvino-int8": 0.9,
+
+class Peer(NamedTuple):
+    least_cosine: float  # to our vectors that is accepted; 1: their values must be equal
+    dtype: str | None  # what it computes in; None: as we do
+    trains: bool = True
+
+
+PEERS = {
+    "sentence-transformers": Peer(1.0, "float32"),
+    "sentence-transformers-bf16": Peer(0.999, "bfloat16"),
+    "sentence-transformers-compile": Peer(1.0, None),  # needs a C++ compiler on the CPU, triton on CUDA
+    "sentence-transformers-flash": Peer(0.999, "bfloat16"),  # without padding; needs flash-attn
+    "sentence-transformers-onnx-int8": Peer(0.9, "int8", trains=False),
+    "sentence-transformers-openvino-int8": Peer(0.9, "int8", trains=False),
 }
+TRAINING = [name for name, peer in PEERS.items() if peer.trains]
 NUM_CALIBRATION = 300  # as many as its own export draws
 
 
@@ -27,11 +34,27 @@ def version() -> str:
     return importlib.metadata.version("sentence-transformers")
 
 
+def dtype_of(peer: str, ours: str) -> str:
+    """What a peer computes in beside `ours`; it has no int8 but that of its backends."""
+    return PEERS[peer].dtype or ("float32" if ours == "int8" else ours)
+
+
 def load_peer(
-    peer: str, folder: str, *, device: str, dtype: str = "float32", max_length: int, texts: Sequence[str] = ()
+    peer: str,
+    folder: str,
+    *,
+    device: str,
+    dtype: str = "float32",
+    max_length: int | None = None,
+    texts: Sequence[str] = (),
+    training: bool = False,
 ) -> Any:
-    """A SentenceTransformer. `dtype`: of the compiled one, where half; `texts`: what OpenVINO calibrates int8 with.
-    Raises `ImportError` if a backend is not installed."""
+    """A SentenceTransformer. Raises `ImportError` if a backend is not installed.
+
+    Args:
+        dtype: ours; texts: what OpenVINO calibrates int8 with.
+        training: with float32 weights, for autocast, and its encoder compiled, not the whole: losses replace its parts.
+    """
     from sentence_transformers import SentenceTransformer
 
     variant = peer.removeprefix("sentence-transformers").removeprefix("-")
@@ -43,14 +66,25 @@ def load_peer(
                 raise ImportError(str(error)) from None
             raise
     else:
-        half = "bfloat16" if variant in ("bf16", "flash") else dtype if variant == "compile" else "float32"
-        settings = {"dtype": getattr(torch, half if half != "int8" else "float32")}
+        settings = {"dtype": torch.float32 if training else getattr(torch, dtype_of(peer, dtype))}
         settings |= {"attn_implementation": "flash_attention_2"} if variant == "flash" else {}
         model = SentenceTransformer(folder, device=device, model_kwargs=settings)
-    model.max_seq_length = max_length
+    if max_length is not None:
+        model.max_seq_length = max_length
     if variant == "compile":
-        model.compile(dynamic=True)
+        _require_compiler(device)
+        (model.transformers_model if training else model).compile(dynamic=True)
     return model
+
+
+def _require_compiler(device: str) -> None:
+    """Raises `ImportError` if torch.compile works on nothing."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except TorchDynamoException as error:
+        raise ImportError(str(error).partition("\n")[0]) from None
 
 
 def _onnx_int8(folder: str) -> Any:

@@ -4,13 +4,16 @@
     python -m benchmarks.run --device cuda --only encode train --out cuda.json
     python -m benchmarks.compare before.json results.json
 
-Tables go to stdout, progress to stderr. The file is written after each benchmark: {"results": [what --json of each
-writes, ...], "failures": [{"benchmark", "command", "error"}, ...], "seconds": {benchmark: of the whole process}}. One
-that fails, or takes longer than `--timeout`, does not stop the others; the exit code is then 1.
+--base, --data, --device, --dtype, --peer and --rounds are handed on to the scripts that have them and accept the value;
+the others keep their defaults. Tables go to stdout, progress to stderr. The file is written after each benchmark:
+{"results": [what --json of each writes, ...], "failures": [{"benchmark", "command", "error"}, ...], "seconds":
+{benchmark: of the whole process}}. One that fails, or takes longer than `--timeout`, does not stop the others; the exit
+code is then 1.
 """
 
 import argparse
 import contextlib
+import importlib
 import os
 import shlex
 import signal
@@ -19,45 +22,31 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from embedft.files import check_writable, read_json, write_json
 from experiments import commandline
 
 ROOT = Path(__file__).resolve().parents[1]
-HANDED_ON = ("base", "data", "device", "dtype", "peer")
+HANDED_ON = ("base", "data", "device", "dtype", "peer", "rounds")
 
 
-class Script(NamedTuple):
-    """A benchmark: which options of ours it takes, and its options with --quick."""
-
-    takes: str
-    quick: str
-
-    def options(self, given: argparse.Namespace) -> list[str]:
-        handed = {name: getattr(given, name) for name in HANDED_ON if name in self.takes.split()}
-        found = [part for name, value in handed.items() if value is not None for part in (f"--{name}", value)]
-        return [*found, *(shlex.split(self.quick) if given.quick else ())]
-
-
+# The options of each with --quick.
 SCRIPTS = {
-    "load": Script("base device peer", "--rounds 3"),
-    "tokenize": Script("base data peer", "--number 300 --rounds 3"),
-    "encode": Script("base data device dtype peer", "--number 40 --rounds 3"),
-    "train": Script("base data device peer", "--mode matryoshka --rounds 3"),
-    "stages": Script("base dtype", "--rounds 3"),
-    "batch": Script("base device peer", "--sizes 32 64 --memory 32 --rounds 3"),
-    "adapter": Script("base data device", "--number 20 --rounds 3"),
-    "search": Script("base data device", "--documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 500"),
-    "evaluate": Script(
-        "base data device",
-        "--documents 20000 --queries 500 --peer-documents 10000 --peer-queries 200 --texts 500",
-    ),
-    "store": Script("base device dtype", "--texts 5000 --rows 100000 --rounds 3"),
-    "chunk": Script("base", "--pages 30 --rounds 3"),
-    "questions": Script("", "--chunks 200 --rounds 3"),
-    "threads": Script("base data", "--models small --rounds 2"),
-    "scaling": Script("base device dtype", "--small 40000"),
+    "load": "--rounds 3",
+    "tokenize": "--number 300 --rounds 3",
+    "encode": "--number 24 --rounds 3",
+    "train": "--mode matryoshka --rounds 3 --config '{\"batch_size\": 16}'",
+    "stages": "--number 48 --rounds 3",
+    "batch": "--sizes 32 64 --memory 32 --rounds 3",
+    "adapter": "--number 20 --rounds 3",
+    "search": "--documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 500",
+    "evaluate": "--documents 20000 --queries 500 --peer-documents 10000 --peer-queries 200 --texts 500",
+    "store": "--texts 5000 --rows 100000 --rounds 3",
+    "chunk": "--pages 15 --rounds 3",
+    "questions": "--chunks 200 --rounds 3",
+    "threads": "--models small --rounds 2",
+    "scaling": "--small 40000",
 }
 
 
@@ -65,8 +54,22 @@ def module_of(name: str) -> str:
     return f"benchmarks.{name}" if (ROOT / "benchmarks" / f"{name}.py").is_file() else f"benchmarks.bench_{name}"
 
 
+def handed_on(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    """Those of our options that a script has, with the values that it accepts."""
+    found = []
+    for action in parser._actions:
+        value = getattr(given, action.dest) if action.dest in HANDED_ON else None
+        values = value if isinstance(value, list) else [value]
+        if accepted := [str(x) for x in values if x is not None and x in (action.choices or values)]:
+            found += [f"--{action.dest}", *accepted]
+    return found
+
+
 def command_of(name: str, options: argparse.Namespace, file: str) -> list[str]:
-    return [sys.executable, "-m", module_of(name), *SCRIPTS[name].options(options), "--json", file]
+    """Raises `ImportError` if what the script imports is not installed."""
+    parser = importlib.import_module(module_of(name)).parser()
+    quick = shlex.split(SCRIPTS[name]) if options.quick else []
+    return [sys.executable, "-m", module_of(name), *quick, *handed_on(parser, options), "--json", file]
 
 
 def run_script(command: list[str], timeout: float) -> tuple[str, str]:
@@ -100,9 +103,13 @@ def main(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {"quick": options.quick, "results": [], "failures": [], "seconds": {}}
     with tempfile.TemporaryDirectory() as folder:
         for number, name in enumerate(names, start=1):
-            command, start = command_of(name, options, str(Path(folder, f"{name}.json"))), time.perf_counter()
-            say(f"[{number}/{len(names)}] {name}: {shlex.join(command[2:-2])}")
-            out, error = run_script(command, options.timeout)
+            command, start = [sys.executable, "-m", module_of(name), "", ""], time.perf_counter()
+            try:
+                command = command_of(name, options, str(Path(folder, f"{name}.json")))
+                say(f"[{number}/{len(names)}] {name}: {shlex.join(command[2:-2])}")
+                out, error = run_script(command, options.timeout)
+            except ImportError as missing:
+                error = str(missing)
             seconds = found["seconds"][name] = round(time.perf_counter() - start, 1)
             if error:
                 found["failures"].append({"benchmark": name, "command": shlex.join(command[1:-2]), "error": error})
@@ -128,7 +135,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", default="results.json", metavar="FILE", help="where to write [%(default)s]")
     found.add_argument("--timeout", type=float, default=3_600, metavar="SECONDS", help="of each [%(default)s]")
     for name in HANDED_ON:
-        found.add_argument(f"--{name}", metavar="X", help="handed on to every benchmark that takes it")
+        more = {"peer": {"nargs": "+"}, "rounds": {"type": int}}.get(name, {})
+        found.add_argument(f"--{name}", metavar="X", **more, help="handed on to every benchmark that accepts it")
     return found
 
 

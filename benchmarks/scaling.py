@@ -4,8 +4,9 @@
     python -m benchmarks.scaling --documents 3e8 --gpus 16 --tokens 200 --matrix-flops 8e14 --small 0
 
 First, the same arithmetic predicts a small case on this machine, from rates measured on an even smaller one with other
-texts: encoding, writing the store, building and searching an IVF-PQ index. The table has the measured time beside it;
-how far the two are apart says how far to trust the rest. What the arithmetic knows:
+texts: encoding, a training step, writing the store, building and searching an IVF-PQ index. The table has the measured
+time beside it, and the measured bytes of the store and of the index; how far the two are apart says how far to trust
+the rest. What the arithmetic (arithmetic.py) knows:
 
 - encoding: FLOPs of the matrix products and of attention, at a share of the GPUs' rate; documents are independent, so
   the GPUs split them, each with a store of its own;
@@ -22,156 +23,54 @@ import argparse
 import math
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from embedft import load_embedder
-from embedft.encoders.card import flops
-from embedft.encoders.layers import without_memory
-from embedft.encoders.store import RECORD, VECTOR_TYPE, Space, Store
-from embedft.retrieval.approximate import LEAST_PER_LIST, TRAINED_PER_LIST, FaissIndex
+from embedft.encoders.store import VECTOR_TYPE, Space, Store
+from embedft.retrieval.approximate import FaissIndex
 from embedft.retrieval.tables import format_table
 from experiments import commandline
 
 from . import suite
-from .shapes import SHAPES, draw_lengths, make_encoder, make_texts, write_model
+from .arithmetic import (
+    MOST_ROWS,
+    NPROBE,
+    PASSES,
+    RESULTS,
+    ROW_BYTES,
+    Rates,
+    encode_seconds,
+    ivfpq,
+    shape_of,
+    step,
+    store_bytes,
+    store_seconds,
+)
+from .bench_stages import make_step, timed
+from .shapes import SHAPES, draw_lengths, make_texts, write_model
 from .vectors import perturbed
-
-ROW_BYTES = RECORD.itemsize + 12  # of memory for each row of an open store: record, sorted key, mark
-MOST_ROWS = 2**32 - 1  # of a space
-NPROBE, RESULTS = 16, 100
-# FAISS's k-means: iterations for the lists; centroids of a byte of a code, iterations and most vectors for them.
-ITERATIONS, CENTROIDS, CODE_ITERATIONS, CODE_TRAINED = 10, 256, 25, 65_536
-OPTIMIZER_BYTES = 16  # of a trained weight: float32 weight, gradient and AdamW's two moments
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What the hardware does, per second; each field is an option."""
-
-    matrix_flops: float = 6.5e14  # FLOP/s of plain bf16 matrix products on one GPU
-    share: float = 0.35  # of these, what encoding and training reach
-    network: float = 4e10  # bytes/s that each GPU receives from the others
-    disk: float = 2e9  # bytes/s that one machine writes
-    gpus_per_machine: int = 8
-    core_flops: float = 3e10  # FLOP/s of one core in float32 matrix products
-    core_codes: float = 5e8  # bytes/s of PQ codes that one core scans
-    cores: int = 32  # of a machine that holds a shard of the index
-    index_memory: float = 2e11  # bytes of memory that an index may take there
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What arithmetic needs to know of an encoder."""
-
-    dim: int
-    parameters: int
-    token_flops: int  # a token's, in products with weights
-    pair_flops: int  # a token's, for each token it attends to
-
-    def forward(self, texts: float, tokens: float) -> float:
-        """FLOPs of `texts` texts of `tokens` tokens each."""
-        return texts * (tokens * self.token_flops + tokens**2 * self.pair_flops)
-
-
-def shape_of(name: str) -> Shape:
-    with without_memory():
-        encoder = make_encoder(name)
-    parameters = sum(weight.numel() for weight in encoder.parameters())
-    return Shape(encoder.config.hidden_size, parameters, *flops(encoder))
-
-
-def encode_seconds(shape: Shape, documents: float, tokens: float, gpus: int, rates: Rates) -> float:
-    return shape.forward(documents, tokens) / (gpus * rates.matrix_flops * rates.share)
-
-
-def store_bytes(documents: float, dim: int) -> float:
-    return documents * (dim * VECTOR_TYPE.itemsize + RECORD.itemsize)
-
-
-def store_seconds(documents: float, dim: int, gpus: int, rates: Rates) -> float:
-    return store_bytes(documents, dim) / (math.ceil(gpus / rates.gpus_per_machine) * rates.disk)
-
-
-@dataclass(frozen=True)
-class Step:
-    """A training step on several GPUs, each holding all weights."""
-
-    flops: float  # of one GPU
-    gathered_bytes: float  # vectors that one GPU receives
-    summed_bytes: float  # what one GPU receives while gradients are summed
-    memory_bytes: float  # weights, gradients, moments, all vectors and the batch's scores with their gradient, per GPU
-    seconds: float
-
-
-def step(shape: Shape, pairs: int, tokens: float, gpus: int, rates: Rates, *, cached: bool) -> Step:
-    """A step on `pairs` pairs of texts of `tokens` tokens; with several GPUs, each embeds its part of the texts."""
-    passes, others = (4 if cached else 3), (gpus - 1) / gpus
-    work = passes * shape.forward(2 * pairs, tokens) / gpus
-    gathered = 2 * pairs * shape.dim * 4 * others
-    summed = 2 * shape.parameters * 4 * others  # a ring: each part is passed around twice
-    memory = OPTIMIZER_BYTES * shape.parameters + 2 * 2 * pairs * shape.dim * 4 + 2 * pairs**2 * 4
-    seconds = work / (rates.matrix_flops * rates.share) + (gathered + summed) / rates.network
-    return Step(work, gathered, summed, memory, seconds)
-
-
-@dataclass(frozen=True)
-class Ivfpq:
-    """An IVF-PQ index in equal shards; each is searched with every query."""
-
-    shards: int
-    lists: int  # of a shard, as the others
-    parts: int  # bytes of a code
-    shard_bytes: float
-    build_flops: float
-    query_flops: float  # comparing a query with the lists' centroids, and its table of products
-    query_bytes: float  # of codes scanned for a query
-
-    def build_seconds(self, rates: Rates) -> float:
-        """All shards are built at once, each on its machine."""
-        return self.build_flops / (rates.cores * rates.core_flops)
-
-    def query_seconds(self, rates: Rates) -> float:
-        """A query on one core of each shard's machine."""
-        return self.query_flops / rates.core_flops + self.query_bytes / rates.core_codes
-
-
-def ivfpq(documents: float, dim: int, rates: Rates) -> Ivfpq:
-    """The index in the fewest shards that fit into `rates.index_memory` each."""
-    parts, shards = max(p for p in range(1, max(dim // 8, 1) + 1) if dim % p == 0), 1
-    while (found := _shard(documents / shards, dim, parts))[1] > rates.index_memory:
-        shards += 1
-    lists, shard_bytes = found
-    held = documents / shards
-    trained = min(TRAINED_PER_LIST * lists, held)
-    codes = CODE_ITERATIONS * min(CODE_TRAINED, trained) * CENTROIDS
-    build = 2 * dim * (ITERATIONS * trained * lists + codes + held * (lists + CENTROIDS))
-    query_flops = 2 * dim * (lists + CENTROIDS)
-    return Ivfpq(shards, lists, parts, shard_bytes, build, query_flops, held * min(NPROBE / lists, 1) * parts)
-
-
-def _shard(documents: float, dim: int, parts: int) -> tuple[int, float]:
-    """A shard's lists, as the preset sets them, and its bytes: codes, ids, centroids."""
-    lists = max(1, min(round(4 * math.sqrt(documents)), int(documents) // LEAST_PER_LIST))
-    return lists, documents * (parts + 8) + (lists + CENTROIDS) * dim * 4
-
 
 # The small case.
 
 
 def measured(options: argparse.Namespace, folder: Path) -> list[suite.Row]:
-    """Encoding, storing and searching on this machine, each after a smaller run that measures the rates."""
+    """Encoding, training, storing and searching on this machine, each after a smaller run that measures the rates."""
     base = write_model(folder / "base", options.base) if options.base in SHAPES else options.base
     vectors_ND, rows = _encoding(base, options, max(options.small // 50, 8))
+    rows += _training(base, options, min(max(options.small // 500, 8), 96))
     rows += _storing(folder, vectors_ND, options.small)
     return rows + _searching(vectors_ND, options.small)
 
 
-def _row(case: str, seconds: float, predicted: float, **more: float) -> suite.Row:
+def _row(case: str, seconds: float, predicted: float, sizes: tuple[float, float] | None = None, **more) -> suite.Row:
+    """`sizes`: measured and predicted bytes."""
     more = {"predicted_seconds": predicted, "measured_to_predicted": seconds / predicted, **more}
+    if sizes is not None:
+        more |= {"bytes": sizes[0], "predicted_bytes": sizes[1]}
     return suite.Row(case, [seconds], more={name: float(value) for name, value in more.items()})
 
 
@@ -197,6 +96,22 @@ def _encoding(base: str | Path, options: argparse.Namespace, number: int) -> tup
     return vectors_ND, [_row(f"encode {number:,} contexts", seconds, work / rate, FLOPs=work, FLOPs_per_second=rate)]
 
 
+def _training(base: str | Path, options: argparse.Namespace, number: int) -> list[suite.Row]:
+    """A step on `number` texts in float32."""
+    embedder = load_embedder(base, device=options.device).train()
+
+    def train(texts: str, number: int) -> tuple[float, int]:
+        packed = embedder.pack(make_texts(draw_lengths(texts, number, most=embedder.max_length)), role="document")
+        work = make_step(embedder, packed)
+        work()  # warms up
+        return timed(work, options.device), PASSES * suite.flops_of(embedder.encoder, packed.lengths().numpy())
+
+    seconds, work = train("questions", number)
+    rate = work / seconds
+    seconds, work = train("contexts", number)
+    return [_row(f"train on {number:,} contexts", seconds, work / rate, FLOPs=work, FLOPs_per_second=rate)]
+
+
 def _storing(folder: Path, vectors_CD: np.ndarray, number: int) -> list[suite.Row]:
     dim = vectors_CD.shape[1]
     store, space = Store(folder / "store"), Space("0" * 64, dim, {"model": "scaling"})
@@ -207,10 +122,14 @@ def _storing(folder: Path, vectors_CD: np.ndarray, number: int) -> list[suite.Ro
         names, done = [f"text {row}" for row in range(done, done + texts)], done + texts
         return _timed(store.fill, space, names, lambda new: vectors_CD[np.arange(len(new)) % len(vectors_CD)])[1]
 
+    def held() -> int:
+        return sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())
+
     fill(16)
     rate = store_bytes(number // 4, dim) / fill(number // 4)
-    work = store_bytes(number, dim)
-    return [_row(f"store {number:,} vectors", fill(number), work / rate, bytes=work, bytes_per_second=rate)]
+    work, before = store_bytes(number, dim), held()
+    seconds = fill(number)
+    return [_row(f"store {number:,} vectors", seconds, work / rate, (held() - before, work), bytes_per_second=rate)]
 
 
 def _searching(vectors_CD: np.ndarray, number: int) -> list[suite.Row]:
@@ -236,7 +155,11 @@ def _searching(vectors_CD: np.ndarray, number: int) -> list[suite.Row]:
     core_codes = arithmetic[few].query_bytes / max(searching - comparing, 1e-9)
     rates = Rates(core_flops=core_flops, core_codes=core_codes)
     large, seconds = _timed(FaissIndex, documents_ND, "ivfpq")
-    rows = [_row(f"build IVF-PQ of {number:,}", seconds, arithmetic[number].build_flops / build_rate)]
+    predicted, sizes = (
+        arithmetic[number].build_flops / build_rate,
+        (large.bytes_per_vector * number, arithmetic[number].shard_bytes),
+    )
+    rows = [_row(f"build IVF-PQ of {number:,}", seconds, predicted, sizes)]
     large.search(queries_QD[:100], RESULTS)
     seconds = _timed(large.search, queries_QD, RESULTS)[1]
     predicted = arithmetic[number].query_seconds(rates) * len(queries_QD)

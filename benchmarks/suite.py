@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from embedft import RetrievalDataset
 from embedft.device import batch_tokens, describe, find_device, reset_peak_memory
 from embedft.encoders.card import flops
 from embedft.encoders.layers import Linear
@@ -36,6 +37,9 @@ from experiments import commandline, sources
 from .workers import Worker, alternate, machine, ratios, spread, synchronize
 
 ROOT = Path(__file__).resolve().parents[1]
+# What --data names: by default the published sets, or none.
+PUBLISHED = "folder of lyft_uber and finance_qa, or a data set of your own [beside the checkout]"
+OWN = "a data set of your own [random texts]"
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 PACKAGES = ("torch", "embedft", "numpy", "tokenizers", "sentence-transformers", "transformers", "onnxruntime")
 PACKAGES += ("openvino", "faiss-cpu", "faiss-gpu", "openai", "pypdf")
@@ -103,18 +107,18 @@ def make_parser(
 
     Args:
         rounds: default of --rounds.
-        data: what the folder --data holds; None: no --data.
+        data: `PUBLISHED` or `OWN`: what --data may name; None: no --data.
         dtypes: choices of --dtype, the first is the default; peers: choices of --peer, the first is the default.
     """
     parser = commandline.Parser(prog=f"benchmarks.bench_{name}", description=doc.partition("\n")[0])
     if base:
         parser.add_argument("--base", default=commandline.BASE, metavar="MODEL", help="model [%(default)s]")
     if data:
-        parser.add_argument("--data", metavar="DATA", help=f"{data} [beside the checkout]")
+        parser.add_argument("--data", metavar="DATA", help=data)
     if devices:
         parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1 or mps [cpu]")
     if dtypes:
-        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="type of our weights [%(default)s]")
+        parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="what we compute in [%(default)s]")
     if peers:
         choices = ["none", *peers]
         parser.add_argument("--peer", nargs="+", default=[peers[0]], choices=choices, help=f"[{peers[0]}]")
@@ -244,6 +248,25 @@ def published(name: str, given: str | None) -> Path:
     """The folder of a published data set (experiments/sources.py): NAME in the folder --data, or that folder itself."""
     inside = given and Path(given, name)
     return sources.find_data(name, str(inside) if inside and inside.is_dir() else given)
+
+
+def own_data(given: str | None) -> RetrievalDataset | None:
+    """The data set --data; None if it is not given or a folder of published ones."""
+    files = [(name, file) for name, source in sources.SOURCES.items() for file in source.files]
+    if given is None or any(Path(given, *place).is_file() for name, file in files for place in ((file,), (name, file))):
+        return None
+    return RetrievalDataset.load(given, skip_empty=True)
+
+
+def own_texts(given: str | None, number: int) -> list[str]:
+    """The first `number` documents of `own_data`, each once; [] without any."""
+    own = own_data(given)
+    return list(dict.fromkeys(own.texts.values()))[:number] if own else []
+
+
+def load_data(name: str, file: str, given: str | None) -> RetrievalDataset:
+    """`own_data`, or else a file of the published data set `name`."""
+    return own_data(given) or RetrievalDataset.load(published(name, given) / file, skip_empty=True)
 
 
 def flops_of(encoder: torch.nn.Module, lengths: np.ndarray) -> int:

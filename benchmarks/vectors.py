@@ -3,6 +3,7 @@
 Gaussian vectors have no near neighbours, so an approximate index gains nothing on them. Here row i is
 normalise(vector i mod C + noise * a random unit vector).
 
+    encoded_CD = encode_texts(options, "document")
     documents = write_perturbed("documents.npy", encoded_CD, 1_000_000, noise=0.5)    # a memory map
     queries = perturbed(documents[rows], range(len(rows)), noise=2.0, seed=1)
 
@@ -14,9 +15,24 @@ from pathlib import Path
 
 import numpy as np
 
+from embedft import load_embedder
 from embedft.vectors import unit_rows
+from experiments.repro_matryoshka_finance import read_rows
+
+from . import suite
 
 SLICE = 50_000
+
+
+def encode_texts(options: argparse.Namespace, role: str) -> np.ndarray:
+    """Vectors of the first --texts documents or queries: the finance questions' rows, or the user's data."""
+    dataset = suite.own_data(options.data)
+    if dataset is None:
+        dataset, _ = read_rows(suite.published("finance_qa", options.data) / "Financial-QA-10k.csv")
+    texts = list((dataset.queries if role == "query" else dataset.texts).values())[: options.texts]
+    embedder = load_embedder(options.base, device=options.device, dtype=options.dtype)
+    embedder.autocast = False  # so that --dtype is what computes, on CUDA too
+    return embedder.encode(texts, role=role, dim=options.dim)
 
 
 def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> np.ndarray:

@@ -100,7 +100,7 @@ def options(tmp_path, write_tiny, monkeypatch) -> Namespace:
     sizes = {"documents": 600, "queries": 80, "peer_documents": 300, "peer_queries": 20, "depth": 100}
     base = str(write_tiny(tmp_path / "base"))
     rest = {"base": base, "data": str(tmp_path), "folder": str(tmp_path), "texts": 50, "dim": None}
-    return Namespace(**sizes, **rest, noise=0.5, rounds=1, device="cpu")
+    return Namespace(**sizes, **rest, noise=0.5, rounds=1, device="cpu", dtype="float32")
 
 
 def test_the_benchmark(options, capsys):
@@ -115,6 +115,7 @@ def test_the_benchmark(options, capsys):
     assert ("ranx is not installed" in capsys.readouterr().out) == ("ranx, from dicts" not in peers)
     assert interval.case == "bootstrap interval"
     assert interval.peer.startswith("scipy")
+    assert (interval.seconds, interval.peer_seconds) == ([0.5], [0.5])  # of a worker each
     assert (p_value.case, p_value.peer) == ("sign-flip p-value", None)
     assert not list(Path(options.folder).rglob("*.npy"))
 

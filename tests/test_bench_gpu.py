@@ -28,7 +28,15 @@ def small_matrices(monkeypatch):
 
 def test_everything_once(tmp_path, monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(gpu, "run_script", lambda command, seconds: (commands.append(command), ("3 passed\n", ""))[1])
+
+    def run_script(command: list[str], seconds: float) -> tuple[str, str]:
+        commands.append(command)
+        if "--json" in command:
+            Path(command[-1]).write_text(json.dumps({"rows": [{"case": "mix", "seconds": [2.0], "peer": "theirs"}]}))
+        return "3 passed\n", ""
+
+    monkeypatch.setattr(gpu, "run_script", run_script)
+    monkeypatch.setattr(gpu, "require", lambda package: None)
     found = run(tmp_path / "results" / "x.json")
     assert [failure["error"] for failure in found["failures"]] == []
     assert list(found["seconds"]) == list(STEPS)
@@ -41,7 +49,7 @@ def test_everything_once(tmp_path, monkeypatch, capsys):
     cases += [f"step of 6 pairs, {shape}, Matryoshka" for shape in ("tiny", "tiny mpnet")]
     cases += ["finance recipe, 2 epochs of 12 pairs"]
     cases += [f"cached step of {number} pairs, tiny" for number in (8, 12)]
-    cases += ["exact search, 20 queries, 500 x 16"]
+    cases += ["exact search, 20 queries, 500 x 16", "encode mix, tiny", "train mix, tiny"]
     assert list(rows) == cases
     assert rows["tests"]["result"] == "3 passed"
     assert len(rows["encode questions, tiny"]["seconds"]) == 2
@@ -50,8 +58,11 @@ def test_everything_once(tmp_path, monkeypatch, capsys):
     assert (rows[cases[11]]["texts"], len(rows[cases[11]]["seconds"])) == (2 * 6, 1)
     assert (rows[cases[13]]["texts"], len(rows[cases[13]]["seconds"])) == (2 * 2 * 12, 1)
     assert rows[cases[15]]["texts"] == 2 * 12
-    assert all(row["matrix_flops_per_second"] > 0 for case, row in rows.items() if case.startswith("encode"))
-    assert [command[3:5] for command in commands] == [["-m", "cuda"]]
+    assert all(row["matrix_flops_per_second"] > 0 for case, row in rows.items() if case in cases[3:11])
+    assert [command[2] for command in commands] == ["pytest", "benchmarks.bench_encode", "benchmarks.bench_train"]
+    assert commands[0][3:5] == ["-m", "cuda"]
+    assert rows["finance recipe, 2 epochs of 12 pairs"]["article_on_an_A10G_seconds"] == 3 * 60 + 26
+    assert (rows["train mix, tiny"]["seconds"], rows["train mix, tiny"]["peer"]) == ([2.0], "theirs")
     assert "| finance recipe" in capsys.readouterr().out
 
 
@@ -86,6 +97,20 @@ def test_failing_tests_are_a_failure(tmp_path, monkeypatch):
 def test_names_of_files():
     assert slug("NVIDIA H200") == "nvidia-h200"
     assert slug("AMD EPYC, 2 threads") == "amd-epyc"
+
+
+@pytest.mark.slow
+def test_peers_on_the_tiny_model(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    found = run(tmp_path / "x.json", "--steps", "peers")
+    assert found["failures"] == []
+    rows = {row["case"]: row for row in found["results"][0]["rows"]}
+    assert list(rows) == [
+        *(f"encode {case}, tiny" for case in ("queries", "documents", "mix")),
+        "train matryoshka, 4 steps, tiny",
+    ]
+    assert {row["peer"].split()[0] for row in rows.values()} == {"sentence-transformers-bf16"}
+    assert all(row["peer_peak_bytes"] > 0 for row in rows.values())
 
 
 @pytest.mark.slow

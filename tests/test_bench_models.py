@@ -2,6 +2,7 @@
 
 import csv
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_train_lora_without_a_peer(own_data, base):
 
 
 def test_train_in_another_precision(own_data, base):
-    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--mode", "plain", "--precision", "bfloat16")
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--mode", "plain", "--dtype", "bfloat16")
     options = options_of(bench_train, *given, "--peer", "embedft-float32")
     (row,) = bench_train.main(options)
     assert row.peer.startswith("embedft-float32 ")
@@ -157,6 +158,105 @@ def test_train_in_another_precision(own_data, base):
     made = [bench_train.Ours(name, "plain", base, "x", options) for name in ("embedft", "embedft-float32")]
     assert [it.config.precision for it in made] == ["bfloat16", "float32"]
     assert len({it.out for it in made}) == 2
+
+
+def test_train_against_peers_at_their_best(own_data, base, capsys):
+    names = ("sentence-transformers-bf16", "sentence-transformers-flash", "sentence-transformers")
+    given = (
+        "--base",
+        base,
+        "--data",
+        str(own_data),
+        "--rounds",
+        "1",
+        "--mode",
+        "plain",
+        "--config",
+        '{"batch_size": 4}',
+    )
+    rows = bench_train.main(options_of(bench_train, *given, "--peer", *names))
+    left_out = "sentence-transformers-flash is left out" in capsys.readouterr().out
+    assert [row.peer.split()[0] for row in rows] == [name for name in names if not (left_out and "flash" in name)]
+    assert rows[0].largest_difference > rows[-1].largest_difference  # autocast to bfloat16; float32
+
+
+@pytest.mark.parametrize(("peer", "lowered"), [("sentence-transformers", False), ("sentence-transformers-bf16", True)])
+def test_peers_train_under_autocast_of_their_own(own_data, base, peer, lowered, monkeypatch):
+    found = []
+    options = options_of(
+        bench_train, "--base", base, "--data", str(own_data), "--dtype", "float16", "--max-length", "48"
+    )
+    monkeypatch.setattr(bench_train.SentenceTransformers, "loss_of", lambda self, batch: found.append(batch))
+    contestant = bench_train.SentenceTransformers(peer, "plain", base, "x", options)
+    assert contestant.dtype == ("bfloat16" if lowered else "float32")
+    assert {weight.dtype for weight in contestant.model.parameters()} == {torch.float32}
+
+
+def test_all_peers_but_int8_train():
+    half = [f"sentence-transformers{variant}" for variant in ("", "-bf16", "-compile", "-flash")]
+    assert half == peers.TRAINING
+    assert [peers.dtype_of(name, "float16") for name in half] == ["float32", "bfloat16", "float16", "bfloat16"]
+    assert peers.dtype_of("sentence-transformers-compile", "int8") == "float32"
+    for benchmark in (bench_encode, bench_train):
+        options = options_of(benchmark, "--peer", *half)
+        assert options.peer == half
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[tuple[torch.nn.Module, dict]]:
+    """What was compiled, with its options; there need be no compiler."""
+    pytest.importorskip("sentence_transformers")
+    found = []
+    monkeypatch.setattr(torch, "compile", lambda work: work)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: found.append((self, options)))
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_compiled(base, compiled, training):
+    given = {"device": "cpu", "dtype": "bfloat16", "max_length": 48, "training": training}
+    model = peers.load_peer("sentence-transformers-compile", base, **given)
+    ((module, options),) = compiled
+    assert module is (model.transformers_model if training else model)
+    assert options == {"dynamic": True}
+    assert next(model.parameters()).dtype == (torch.float32 if training else torch.bfloat16)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_flash_attention_is_asked_for(base, training, monkeypatch):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    given = []
+    plain = sentence_transformers.SentenceTransformer
+
+    def without_attention(folder, *, model_kwargs, **options):
+        given.append(dict(model_kwargs))
+        model_kwargs.pop("attn_implementation")
+        return plain(folder, model_kwargs=model_kwargs, **options)
+
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", without_attention)
+    model = peers.load_peer("sentence-transformers-flash", base, device="cpu", max_length=48, training=training)
+    dtype = torch.float32 if training else torch.bfloat16
+    assert given == [{"dtype": dtype, "attn_implementation": "flash_attention_2"}]
+    assert model.max_seq_length == 48
+
+
+def test_without_a_compiler(base, monkeypatch):
+    pytest.importorskip("sentence_transformers")
+
+    def broken(work):
+        raise torch._dynamo.exc.TorchDynamoException("InvalidCxxCompiler: no g++\nand a trace")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ImportError, match=r"^InvalidCxxCompiler: no g\+\+$"):
+        peers.load_peer("sentence-transformers-compile", base, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiled_peer(own_data, base):
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--mode", "matryoshka")
+    (row,) = bench_train.main(options_of(bench_train, *given, "--peer", "sentence-transformers-compile"))
+    assert row.largest_difference < 1e-5
 
 
 def test_train_reports_what_failed(own_data, base):
@@ -173,13 +273,25 @@ def test_losses_that_differ(own_data, base, monkeypatch):
 
 
 def test_load(base, monkeypatch):
-    vectors = {name: np.zeros(32, dtype=np.float32) for name in bench_load.PROGRAMS.values()}
-    monkeypatch.setattr(bench_load, "first_vector", lambda program, *given: (vectors[program], 0.5))
-    options = options_of(bench_load, "--base", base, "--rounds", "2")
-    (row,) = bench_load.main(options)
+    vectors = {name: np.eye(1, 32, dtype=np.float32)[0] for name in bench_load.PROGRAMS}
+    runs = []
+
+    def first_vector(name, *given, num_bytes):
+        runs.append((name, given[-1], num_bytes))
+        return vectors[name], 0.5, 2**30 if name == "embedft" else 2**31
+
+    monkeypatch.setattr(bench_load, "first_vector", first_vector)
+    options = options_of(
+        bench_load, "--base", base, "--rounds", "2", "--dtype", "bfloat16", "--peer", *bench_load.PEERS
+    )
+    row, half = bench_load.main(options)
     assert (row.seconds, row.peer_seconds, row.largest_difference) == ([0.5, 0.5], [0.5, 0.5], 0.0)
-    vectors[bench_load.PROGRAMS["embedft"]] = np.ones(32, dtype=np.float32)
-    with pytest.raises(ValueError, match=naming("first", "1.0e+00", "1e-05")):
+    assert (row.peak_bytes, row.peer_peak_bytes) == (2**30, 2**31)
+    assert [it.peer.split()[0] for it in (row, half)] == bench_load.PEERS
+    dtypes = [("embedft", "bfloat16"), ("sentence-transformers", "float32"), ("sentence-transformers", "bfloat16")]
+    assert runs == [(*it, 32 * 4) for it in dtypes] * 3  # once to warm up
+    vectors["embedft"] = np.eye(1, 32, k=1, dtype=np.float32)[0]
+    with pytest.raises(ValueError, match=naming("first", "cosine", "0.00000", "bfloat16")):
         bench_load.main(options)
     options.peer = []
     (row,) = bench_load.main(options)
@@ -187,8 +299,10 @@ def test_load(base, monkeypatch):
 
 
 @pytest.mark.slow
-def test_first_vectors_of_processes(base):
+def test_first_vectors_of_processes(base, monkeypatch):
     (row,) = bench_load.main(options_of(bench_load, "--base", base, "--rounds", "1"))
     assert 0 < row.seconds[0] < row.peer_seconds[0]
+    assert 2**27 < row.peak_bytes < row.peer_peak_bytes
+    monkeypatch.setitem(bench_load.PROGRAMS, "embedft", "raise KeyError")
     with pytest.raises(ValueError, match=naming("KeyError")):
-        bench_load.first_vector("raise KeyError", base, "cpu", 128)
+        bench_load.first_vector("embedft", base, "cpu", "float32", num_bytes=128)

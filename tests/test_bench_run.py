@@ -11,7 +11,7 @@ import pytest
 from naming import names, naming
 
 from benchmarks import run
-from benchmarks.run import SCRIPTS, command_of, main, module_of, parser
+from benchmarks.run import HANDED_ON, SCRIPTS, command_of, main, module_of, parser
 
 WRITE = "import json, sys; json.dump({'benchmark': 'load', 'rows': []}, open(sys.argv[-1], 'w')); print('a table')"
 FAIL = "import sys; print('a line', file=sys.stderr); sys.exit('no such model')"
@@ -71,15 +71,48 @@ def test_a_script_ends_with_a_run_that_is_terminated(tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_takes_what_it_is_given(name):
-    given = {"base": "tiny", "data": "here", "device": "cpu", "dtype": "float32", "peer": "none"}
-    options = parser().parse_args(["--quick", *(part for key in given for part in (f"--{key}", given[key]))])
-    command = command_of(name, options, "x.json")
+    given = {"base": "tiny", "data": "here", "device": "cpu", "dtype": "float32", "peer": "none", "rounds": "7"}
+    assert given.keys() == set(HANDED_ON)
+    command = command_of(
+        name, options_of("--quick", *(part for key in given for part in (f"--{key}", given[key]))), "x"
+    )
     assert command[:3] == [sys.executable, "-m", module_of(name)]
-    of_script = importlib.import_module(module_of(name)).parser()
-    taken = vars(of_script.parse_args(command[3:]))
-    assert taken["json"] == "x.json"
-    has = {action.dest for action in of_script._actions}
-    assert set(SCRIPTS[name].takes.split()) == has & given.keys()
+    taken = vars(importlib.import_module(module_of(name)).parser().parse_args(command[3:]))
+    assert taken["json"] == "x"
+    expected = {**given, "peer": ["none"], "rounds": 7}
+    assert {key: taken[key] for key in expected.keys() & taken} == {k: expected[k] for k in expected.keys() & taken}
+    assert ("--base" in command) == ("base" in taken)
+
+
+def options_of(*options: str):
+    return parser().parse_args(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "handed"),
+    [
+        ("encode", "--dtype int8 --peer sentence-transformers-flash sentence-transformers-onnx-int8 --rounds 2"),
+        ("train", "--peer sentence-transformers-flash --rounds 2"),  # has neither int8 nor an int8 backend
+        ("load", "--dtype int8 --rounds 2"),
+        ("tokenize", "--rounds 2"),
+        ("questions", "--rounds 2"),
+    ],
+)
+def test_values_that_a_script_does_not_accept_are_kept_back(name, handed):
+    peers = ("sentence-transformers-flash", "sentence-transformers-onnx-int8")
+    options = options_of("--dtype", "int8", "--rounds", "2", "--peer", *peers)
+    assert command_of(name, options, "x")[3:] == [*handed.split(), "--json", "x"]
+
+
+def test_a_script_whose_imports_are_missing_is_a_failure(tmp_path, monkeypatch):
+    def missing(*_):
+        raise ImportError("no faiss")
+
+    monkeypatch.setattr(run, "command_of", missing)
+    out = tmp_path / "all.json"
+    assert main(options_of("--only", "search", "--out", str(out))) == 1
+    (failure,) = json.loads(out.read_text())["failures"]
+    assert (failure["benchmark"], failure["error"]) == ("search", "no faiss")
 
 
 def test_every_script_is_run():

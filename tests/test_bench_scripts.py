@@ -1,7 +1,7 @@
 """The benchmarks of adapters, batches, chunks, questions, stores and threads, in one process on a tiny encoder."""
 
 import json
-import os
+import multiprocessing
 import runpy
 import sys
 from argparse import Namespace
@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from naming import names
 from test_bench_evaluate import InThisProcess
 from test_pdf import pdf_bytes
 
-from benchmarks import bench_adapter, bench_store, suite, workers
+from benchmarks import bench_adapter, bench_encode, bench_store, suite, workers
 from benchmarks.shapes import make_texts, write_model
 from embedft import RetrievalDataset
 
@@ -25,6 +26,7 @@ def script(tmp_path, monkeypatch) -> Script:
     """Runs a script with these options; returns the rows that it wrote."""
     monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
     monkeypatch.setattr(workers, "Worker", InThisProcess)
+    monkeypatch.setattr(bench_encode, "Worker", InThisProcess)
     monkeypatch.setattr(suite, "batch_tokens", lambda device: 64)  # a small matrix product
 
     def run(name: str, *options: str) -> list[dict]:
@@ -54,9 +56,11 @@ def questions(tmp_path) -> str:
     return str(tmp_path)
 
 
-def test_adapter(script, base, questions):
-    stored, cold, full = script("adapter", "--base", base, "--data", questions, "--number", "6")
-    assert stored["largest_difference"] <= 1e-5
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_adapter(script, base, questions, dtype, most):
+    given = ("--base", base, "--data", questions, "--number", "6", "--dtype", dtype)
+    stored, cold, full = script("adapter", *given)
+    assert stored["largest_difference"] <= most
     assert (cold["peer"], cold["peer_seconds"]) == ("embedding in the loop", [0.5])
     assert len(full["seconds"]) == 2
 
@@ -73,8 +77,25 @@ def test_batch(script, base):
 
 
 def test_batch_in_half_precision(script, base):
-    options = ("--base", base, "--peer", "none", "--sizes", "2", "--memory", "--precision", "bfloat16")
+    options = ("--base", base, "--peer", "none", "--sizes", "2", "--memory", "--dtype", "bfloat16")
     assert [row["case"] for row in script("batch", *options)] == ["2 pairs"]
+
+
+def test_batch_of_ones_own_pairs(script, base, questions, capsys):
+    file = f"{questions}/train_dataset.json"
+    given = ("--base", base, "--peer", "none", "--memory", "--data", file)
+    (row,) = script("batch", *given, "--sizes", "3")
+    assert (row["texts"], row["tokens"]) == (6, 6 * 12)
+    with pytest.raises(SystemExit):
+        script("batch", *given, "--sizes", "13")
+    assert names(capsys.readouterr().err, file, 12, 13)
+
+
+def test_batch_against_peers(script, base):
+    pytest.importorskip("sentence_transformers")
+    given = ("--base", base, "--sizes", "2", "--memory", "2")
+    rows = script("batch", *given, "--peer", "sentence-transformers", "sentence-transformers-bf16")
+    assert [row["peer"].split()[0] for row in rows] == 2 * ["sentence-transformers", "sentence-transformers-bf16"]
 
 
 def test_chunk(script, base, tmp_path):
@@ -86,7 +107,8 @@ def test_chunk(script, base, tmp_path):
 
 
 @pytest.mark.slow
-def test_questions(script):
+def test_questions(script, questions):
+    assert script("questions", "--chunks", "3", "--data", f"{questions}/train_dataset.json")
     rows = script("questions", "--chunks", "3")
     assert [(row["case"], row["peer"].split(",")[0]) for row in rows] == [
         ("0% faults", "bare loop"),
@@ -105,16 +127,48 @@ def test_store(script, base, dtype):
     )
 
 
+def test_texts_of_ones_own(script, base, questions):
+    through = script("store", "--base", base, "--rows", "50", "--data", f"{questions}/train_dataset.json")[-1]
+    assert through["case"] == "12 texts through the store, 1 of them new"
+    assert (
+        suite.own_texts(f"{questions}/train_dataset.json", 2)
+        == suite.own_texts(f"{questions}/train_dataset.json", 12)[:2]
+    )
+    assert suite.own_texts(questions, 2) == suite.own_texts(None, 2) == []  # a folder of published data; none
+
+
 def test_float32_is_computed_in_float32(base, questions):
     """Where inference would lower it, on CUDA: vectors must agree to 1e-5."""
-    options = Namespace(base=base, device="cpu", dtype="float32")
-    fitting = bench_adapter.Fitting(base, questions, f"{questions}/store", "cpu", 2)
+    options = Namespace(base=base, device="cpu", dtype="float32", data=questions, number=2)
+    fitting = bench_adapter.Fitting(base, f"{questions}/store", options)
     assert [x.autocast for x in (bench_store.load(options), fitting.embedder, fitting.stored)] == [False] * 3
 
 
-def test_threads(script, base, questions, monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 0)  # no busy neighbours
-    rows = script("threads", "--base", base, "--data", questions, "--models", "small")
+class Started:
+    """Stands in for a busy process."""
+
+    made = 0
+
+    def __init__(self, target, daemon):
+        pass
+
+    def start(self):
+        Started.made += 1
+
+    def kill(self):
+        pass
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads(script, base, questions, monkeypatch, dtype, capsys):
+    monkeypatch.setattr(multiprocessing, "Process", Started)
+    monkeypatch.setattr(Started, "made", 0)
+    given = ("--base", base, "--data", questions, "--models", "small", "--dtype", dtype)
+    rows = script("threads", *given)
+    assert Started.made == 1  # however many cores
+    with pytest.raises(SystemExit):
+        script("threads", *given, "--busy", "0")
+    assert names(capsys.readouterr().err, "--busy", 0, 1)
     assert len(rows) == 2 * 3 * 2  # idle and busy; step, encode, query; two other ways to wait
     assert rows[0]["case"] == "small, idle machine: step"
     assert [row["peer"] for row in rows[:2]] == ["passive", "10,000 spins"]

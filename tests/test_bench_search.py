@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import InProcess
 from naming import naming
 from test_bench_evaluate import write_questions
 
@@ -13,16 +14,18 @@ from benchmarks.bench_search import main, make_data, require_equal
 from benchmarks.vectors import perturbed
 from embedft import load_embedder
 from embedft.retrieval.index import Found
+from experiments.repro_matryoshka_finance import read_rows
 
 
 @pytest.fixture
 def options(tmp_path, write_tiny, monkeypatch) -> Namespace:
     monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    monkeypatch.setattr(bench_search, "Worker", InProcess)
     write_questions(tmp_path)
     sizes = {"documents": 300, "ivf": 600, "hnsw": 200, "queries": 80, "depth": 20, "texts": 50, "rounds": 2}
     sizes["indices"] = ["ivf", "hnsw"]
     rest = {"base": str(write_tiny(tmp_path / "base")), "data": str(tmp_path), "folder": str(tmp_path), "dim": 16}
-    rest["device"] = "cpu"
+    rest |= {"device": "cpu", "dtype": "float32"}
     return Namespace(**sizes, **rest, noise=0.5)
 
 
@@ -36,14 +39,15 @@ def test_the_benchmark(options):
     assert [row.more["documents"] for row in (ivf, hnsw)] == [600, 200]
     assert all(row.more["recall@10"] >= 0.9 and row.peer == "flat" for row in (ivf, hnsw))
     assert all(len(row.seconds) == len(row.peer_seconds) == 2 for row in (exact, from_file, ivf, hnsw))
+    assert all(row.peak_bytes == row.peer_peak_bytes == 2**30 for row in (exact, from_file, ivf, hnsw))
     assert not list(Path(options.folder).rglob("*.npy"))
 
 
 def test_the_data(options, tmp_path):
-    documents, queries = make_data(options, str(tmp_path))
-    assert isinstance(documents, np.memmap)
+    path, queries = make_data(options, str(tmp_path))
+    documents = np.load(path)
     assert (documents.shape, queries.shape) == ((600, 16), (80, 16))
-    dataset, _ = bench_search.read_rows(tmp_path / "Financial-QA-10k.csv")
+    dataset, _ = read_rows(tmp_path / "Financial-QA-10k.csv")
     texts = [list(dataset.texts.values())[:50], list(dataset.queries.values())[:50]]
     contexts, questions = (
         load_embedder(options.base).encode(part, role=role, dim=16)
@@ -74,7 +78,7 @@ def test_unequal_results_stop_the_benchmark(options, monkeypatch, capsys):
         return found._replace(rows=found.rows + 1)
 
     monkeypatch.setattr(bench_search, "search_exact", shifted)
-    monkeypatch.setattr(bench_search, "seconds_of", None)  # no time is taken
+    monkeypatch.setattr(bench_search, "measure", None)  # no time is taken
     with pytest.raises(ValueError, match=naming("search_exact", "scores", "documents")):
         main(options)
     assert capsys.readouterr().out == ""

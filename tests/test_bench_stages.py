@@ -87,7 +87,7 @@ def test_operations_by_their_names():
 def test_the_rate_of_memory(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(bench_stages.time, "perf_counter", lambda: next(clock))
-    assert memory_rate(2, 3, torch.bfloat16) == 3 * 6 * 2  # a second for each sum
+    assert memory_rate(2, 3, torch.bfloat16, "cpu") == 3 * 6 * 2  # a second for each sum
 
 
 @pytest.mark.parametrize(("dtype", "cases"), [("float32", 5 + 1 + 6 + 1), ("bfloat16", 5 + 1)])
@@ -104,6 +104,17 @@ def test_a_tiny_encoder(dtype, cases, tmp_path, monkeypatch, capsys):
     for of_whole, of_parts in (("seconds", lambda row: row["seconds"][0]), ("floor", lambda row: row["floor_seconds"])):
         assert of_parts(whole) == pytest.approx(sum(map(of_parts, parts))), of_whole
     assert whole["flops"] == sum(row.get("flops", 0) for row in parts)
+
+
+def test_texts_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_stages, "matrix_rate", lambda *_: 1e9)
+    (tmp_path / "own.csv").write_text("question,context\nw1,w2 w3 w4\nw5,w6\nw7,w8 w9\nw1,w1 w1\nw2,w2 w2\n")
+    base = str(write_model(tmp_path / "base", "tiny"))
+    options = ["--base", base, "--data", str(tmp_path / "own.csv"), "--number", "4", "--rounds", "1"]
+    whole, *_ = bench_stages.main(bench_stages.parser().parse_args(options))
+    assert whole.flops == flops_of(
+        make_encoder("tiny"), [5, 3, 4, 4]
+    )  # of the first four documents, with [CLS] and [SEP]
 
 
 def test_a_step_needs_a_query_and_a_document(monkeypatch, capsys):

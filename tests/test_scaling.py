@@ -1,24 +1,21 @@
-"""benchmarks/scaling.py: its arithmetic, worked by hand; its small case on a tiny encoder. benchmarks/shapes.py."""
+"""benchmarks/arithmetic.py, worked by hand; the small case of scaling.py on a tiny encoder. benchmarks/shapes.py."""
 
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks.scaling import (
+from benchmarks.arithmetic import (
     Rates,
     Shape,
-    duration,
     encode_seconds,
     ivfpq,
-    main,
-    parser,
     shape_of,
-    size,
     step,
     store_bytes,
     store_seconds,
 )
+from benchmarks.scaling import duration, main, parser, size
 from benchmarks.shapes import DECILES, draw_lengths, make_texts, write_model
 from embedft import load_embedder
 
@@ -95,8 +92,16 @@ def test_the_small_case(tmp_path, capfd):
     text = capfd.readouterr().out
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["benchmark"] == "scaling"
-    assert [row["case"].split()[0] for row in result["rows"]] == ["encode", "store", "build", "search"]
+    assert [row["case"].split()[0] for row in result["rows"]] == ["encode", "train", "store", "build", "search"]
     assert all(row["measured_to_predicted"] > 0 for row in result["rows"])
+    encode, train, store, build, _ = result["rows"]
+    assert train["case"] == "train on 8 contexts"
+    # 24 contexts, and the first 8 of them: three passes.
+    assert encode["FLOPs"] > train["FLOPs"] / 3 > 0
+    # Vectors of 32 numbers and a record of 20 bytes each; the index has headers.
+    assert store["predicted_bytes"] == 1_200 * (128 + 20)
+    assert store["bytes"] == pytest.approx(store["predicted_bytes"], rel=0.05)
+    assert build["bytes"] == pytest.approx(build["predicted_bytes"], rel=0.1)
     assert "1e+09" in text
     assert "add_with_ids" in text
 
