@@ -233,6 +233,7 @@ class _Tests:
                 dataset, validation, hashes = self._data(each.options)
                 each.hashes |= {"model": sha256, "code": self.code, **hashes, **self._references(each.options)}
                 _check_cell(embedder, each, dataset, validation)
+            _leave_out_defaults(each, embedder)
 
     def _data(self, options: Options) -> tuple:
         """Training data, validation data and their hashes; loaded once for each way of loading."""
@@ -276,6 +277,15 @@ def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Any)
         embedder.max_length = length
         check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
     embedder.max_length = own
+
+
+def _leave_out_defaults(each: _Point, embedder: Embedder) -> None:
+    """Leaves out what the model does by itself, so that it makes no other cells: its own length, all its dimensions."""
+    if each.config["max_length"] == embedder.max_length:
+        each.config["max_length"] = None
+        each.options = replace(each.options, max_length=None)
+    if each.adapter is None and each.evaluation.dim == embedder.full_dim:
+        each.evaluation = replace(each.evaluation, dim=None)
 
 
 def _check_apart(name: str, questions: set[str], kind: str, other: RetrievalDataset) -> None:
