@@ -100,10 +100,10 @@ def load_embedder(
             adapter = _saved_adapter(folder, embedder, is_overridden, allow_pickle)
     if adapter is not None:
         adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        base = embedder.base()
-        if dtype != "float32" and adapter.base and adapter.base.fingerprints != base.fingerprints:
-            base = _load_folder(str(name), folder, torch.float32, max_length, prompts, **more).base()  # before rounding
-        embedder.attach(adapter, base=base)
+        before = {}
+        if dtype != "float32" and adapter.base and adapter.base.fingerprints != embedder.base().fingerprints:
+            before["base"] = _load_folder(str(name), folder, torch.float32, max_length, prompts, **more).base()
+        embedder.attach(adapter, **before)  # which may have been fitted before the weights were rounded
     return embedder
 
 
