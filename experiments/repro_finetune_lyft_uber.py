@@ -48,13 +48,15 @@ def main(options: argparse.Namespace) -> None:
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
 
     base = evaluate(load_embedder(options.base, max_length=MAX_LENGTH), uber)
-    tuned = [finetune_seed(options.base, lyft, uber, seed, out / f"s{seed}", name="uber") for seed in options.seeds]
+    how = {"name": "uber", "precision": options.precision}
+    out = out if options.precision == "float32" else out.with_name(f"{out.name}-{options.precision}")
+    tuned = [finetune_seed(options.base, lyft, uber, seed, out / f"s{seed}", **how) for seed in options.seeds]
     print(format_seeds("Uber", base, tuned, PUBLISHED))
     seeds = ", ".join(map(str, options.seeds))
     print(
-        f"\nbase: {options.base}; tuned: mean ± standard deviation over seeds {seeds}; published: bge-small-en "
-        f"(text-embedding-ada-002: hit_rate@5 {ADA_HIT_RATE}).\nIntervals and p-values are for new seeds and new "
-        f"questions; the {base.num_queries} questions are clustered by document."
+        f"\nbase: {options.base}; tuned in {options.precision}: mean ± standard deviation over seeds {seeds};\n"
+        f"published: bge-small-en (text-embedding-ada-002: hit_rate@5 {ADA_HIT_RATE}). Intervals and p-values are for\n"
+        f"new seeds and new questions; the {base.num_queries} questions are clustered by document."
     )
 
 
@@ -129,5 +131,7 @@ if __name__ == "__main__":
     parser = make_parser("experiments.repro_finetune_lyft_uber", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
+    precisions = ("float32", "bfloat16")
+    parser.add_argument("--precision", default="float32", choices=precisions, help="of training [%(default)s]")
     parser.add_argument("--out", default="runs/repro_finetune_lyft_uber", metavar="DIR", help="[%(default)s]")
     run(main, parser)

@@ -30,7 +30,7 @@ SCORER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 @pytest.fixture
 def copy(tmp_path) -> Path:
     """A clean copy of the project, with a tiny model and data in place of the guide's."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns("*.egg-info")  # not compiled code, so that no process compiles all of it again
     for name in ("embedft", "experiments", "tests"):
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=ignored)
     make_embedder(tmp_path / "model")
@@ -64,7 +64,7 @@ def run(line: str, root: Path) -> str:
     """Runs one line of a sh block, with the tiny model and data."""
     program, *arguments = shlex.split(line.replace(MODEL, "model"))
     command = {"python": [sys.executable], "embedft": [sys.executable, "-m", "embedft"]}[program] + arguments
-    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     return done.stdout
