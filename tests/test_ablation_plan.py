@@ -66,6 +66,12 @@ def test_points_may_be_given_and_leave_the_rest_to_the_base():
     assert grid.points == [{"lr": 5e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 2}]
 
 
+def test_what_is_said_of_several_points_is_said_once():
+    with pytest.warns(UserWarning, match="memorisation") as caught:
+        planned(validation="train.jsonl")
+    assert len([one for one in caught if "memorisation" in str(one.message)]) == 1
+
+
 def test_some_points_of_the_product_may_leave_an_axis_at_the_base():
     points = [{"lr": 1e-5, "epochs": 1}, {"lr": 2e-5, "epochs": 1}]
     grid = planned(axes={"lr": [1e-5, 2e-5], "epochs": [1, 2]}, points=points)

@@ -7,6 +7,7 @@ so equal data in another place makes no new cell, and a changed default or sourc
 """
 
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -216,7 +217,7 @@ class _Tests:
         self.tests = {name: load_data(path, how) for name, path in tests.items()}
         self.hashes = {name: test.sha256() for name, test in self.tests.items()}
         self.questions = {name: set(test.answers()) for name, test in self.tests.items()}
-        self.code, self.data, self.references = code_sha256(), {}, {}
+        self.code, self.data, self.references, self.warned = code_sha256(), {}, {}, set()
         for name, test in self.tests.items():
             with about(f"test {name}"):  # raises if no question has an answer
                 evaluate_run(Run.from_dict({}), test, **measures(options.select))
@@ -232,8 +233,18 @@ class _Tests:
                     load_model(plain, device="cpu", dtype=dtype)
                 dataset, validation, hashes = self._data(each.options)
                 each.hashes |= {"model": sha256, "code": self.code, **hashes, **self._references(each.options)}
-                _check_cell(embedder, each, dataset, validation)
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    _check_cell(embedder, each, dataset, validation)
+                self._warn(caught)
             _leave_out_defaults(each, embedder)
+
+    def _warn(self, caught: list[warnings.WarningMessage]) -> None:
+        """Shows what was said of a point, unless it was said of another."""
+        for text in dict.fromkeys(str(one.message) for one in caught):
+            if text not in self.warned:
+                self.warned.add(text)
+                warnings.warn(text, stacklevel=3)
 
     def _data(self, options: Options) -> tuple:
         """Training data, validation data and their hashes; loaded once for each way of loading."""
