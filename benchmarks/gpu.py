@@ -14,6 +14,7 @@ the end.
 
 import argparse
 import csv
+import functools
 import importlib
 import importlib.util
 import re
@@ -92,7 +93,8 @@ class Measurements:
         require("pytest")
         named = re.compile(r"mark\.cuda|^def test_.*\bdevice\b", re.MULTILINE)
         files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if named.search(path.read_text("utf-8"))]
-        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-p", "no:cacheprovider", *files]
+        # The options in setup.cfg are those of a plugin that may not be there.
+        command = [sys.executable, "-m", "pytest", "-m", "cuda", "-o", "addopts=-q", "-p", "no:cacheprovider", *files]
         command += ["--continue-on-collection-errors", *(["--collect-only"] if self.dry else [])]
         start = time.perf_counter()
         out, error = run_script(command, TEST_SECONDS)
@@ -112,18 +114,23 @@ class Measurements:
         return [row for shape in self.sizes.shapes for row in self._encode(shape)]
 
     def _encode(self, shape: str) -> list[Row]:
-        embedder, rows = self.load(shape, torch.bfloat16), []
-        for kind in ("longest", "chunks", "contexts", "questions"):
+        """With weights in bfloat16; contexts with float32 weights too, which infer in bfloat16 by default."""
+        rows, kinds = [], ("longest", "chunks", "contexts", "questions")
+        cases = [*((kind, torch.bfloat16) for kind in kinds), ("contexts", torch.float32)]
+        for kind, dtype in cases:
+            embedder = self.load(shape, dtype)
             mean = draw_lengths(kind, 1_000).mean()
             texts = self.texts(kind, max(8, round(self.sizes.encoded / mean)), shape)
             lengths = np.array([len(ids) for ids in embedder.tokenizer.encode(texts)])
-            seconds, peak = self.timed(lambda texts=texts: embedder.encode(texts, progress=False))
+            encode = functools.partial(embedder.encode, texts, progress=False)
+            seconds, peak = self.timed(encode)
             start = time.perf_counter()
             embedder.pack(texts, role="document")
             more = {"of_it_tokenizing": (time.perf_counter() - start) / statistics.median(seconds)}
             facts = {"texts": len(texts), "tokens": int(lengths.sum()), "more": more}
             flops = suite.flops_of(embedder.encoder, lengths)
-            rows.append(self.row(f"encode {kind}, {shape}", seconds, flops, peak, **facts))
+            case = f"encode {kind}, {shape}" + (", float32 weights" if dtype is torch.float32 else "")
+            rows.append(self.row(case, seconds, flops, peak, **facts))
         return rows
 
     def step(self) -> list[Row]:

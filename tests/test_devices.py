@@ -102,14 +102,33 @@ def trained(base, device: torch.device, **options) -> Tensor:
     return torch.from_numpy(embedder.encode(list(dataset.corpus.values())))
 
 
-@pytest.mark.parametrize("mini_batch_tokens", [None, 30])
-def test_training(device, tmp_path, mini_batch_tokens):
+@pytest.mark.parametrize("options", [{}, {"mini_batch_tokens": 30}, {"checkpoint_activations": True}], ids=str)
+def test_training(device, tmp_path, options):
     """A loss with a parameter and a reference, two batches per step, with and without gradient caching."""
     expected = trained(tmp_path / "base", torch.device("cpu"))
-    found = trained(tmp_path / "base", device, mini_batch_tokens=mini_batch_tokens)
+    found = trained(tmp_path / "base", device, **options)
     base = torch.from_numpy(make_embedder(tmp_path / "base").encode(list(make_dataset(11, 9).corpus.values())))
     assert (expected - base).abs().max() > 0.05
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_tokens": 30}, {"checkpoint_activations": True}], ids=str)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_training_in_half_precision(device, tmp_path, precision, options):
+    """Through the packed kernel on CUDA: vectors move as they do in float32."""
+    if precision == "float16" and device.type != "cuda":
+        pytest.skip("float16 is trained on CUDA")
+    texts = list(make_dataset(11, 9).corpus.values())
+    base = torch.from_numpy(make_embedder(tmp_path / "base").encode(texts))
+    moves = [trained(tmp_path / "base", torch.device("cpu")) - base]
+    moves.append(trained(tmp_path / "base", device, precision=precision, **options) - base)
+    assert torch.cosine_similarity(*(x.flatten() for x in moves), dim=0) > 0.95
+
+
+@pytest.mark.parametrize("options", [{}, {"mini_batch_tokens": 30}, {"precision": "bfloat16"}], ids=str)
+def test_the_same_bits_twice(device, tmp_path, options):
+    first, second = (trained(tmp_path / "base", device, deterministic=True, **options) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_random_numbers_are_those_of_the_seed(device):

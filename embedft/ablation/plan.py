@@ -84,7 +84,8 @@ class _Point:
         """The cell of a seed, given the hash of each test, and the metric to select by."""
         names = ["model", VALIDATION, "code", *(["train"] if self.evaluation.pca else [])]
         evaluated = {name: self.hashes[name] for name in names if name in self.hashes}
-        how = {"evaluate": asdict(self.evaluation), "tf32": self.options.tf32, "select": select}
+        precision = {"tf32": self.options.tf32, "compile": self.options.compile}
+        how = {"evaluate": asdict(self.evaluation), **precision, "select": select}
         run = None if seed is None else digest(self.training(), seed, self.hashes)
         config = self.config | {"seed": seed, "evaluate": how["evaluate"]}
         key = digest(run or evaluated, how, tests)
@@ -224,7 +225,7 @@ class _Tests:
 
     def check(self, points: list[_Point]) -> None:
         """Checks points with the same model, and fills in their hashes."""
-        plain = replace(points[0].options, tf32=False)
+        plain = replace(points[0].options, tf32=False, compile=False)
         embedder = load_model(plain, device="cpu")
         sha256 = embedder.sha256()
         for each in points:

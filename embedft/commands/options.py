@@ -40,6 +40,7 @@ class Model(config.Options):
     model: str = option(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
     device: str | None = option(None, "cuda, cuda:1, mps or cpu [the best available]")
     tf32: bool = option(False, "multiply float32 matrices in TF32 on CUDA: faster, with the precision of float16")
+    compile: bool = option(False, "compile layers with torch.compile; meant for GPUs, on CPUs slower")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
     num_layers: int | None = option(None, "keep only the encoder's first N layers [all]")
     query_prompt: str | None = option(None, "text to put before each query, or a prompt's name [the model's]")
@@ -118,7 +119,12 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
 
         name = (settings | more)["device"]
         devices.use_tf32(devices.find_device(name) if name else devices.default_device())
-    return embedft.load_embedder(options.model, **settings | more)
+    embedder = embedft.load_embedder(options.model, **settings | more)
+    if options.compile:
+        from ..encoders.compiled import compile_layers
+
+        compile_layers(embedder)
+    return embedder
 
 
 def _text(named: Mapping[str, str], role: str, given: str) -> str:

@@ -43,6 +43,7 @@ class Group(NamedTuple):
     length: int  # L: tokens of the longest
     rows: Tensor | None  # [N * L] int64, the group's token at each padded place; None: all have length L
     mask: Tensor | None  # [N, 1, 1, L] bool, True at tokens
+    places: tuple[Tensor, Tensor] | None  # the sequence and the place in it of each token, both [num_tokens] int64
 
 
 class Sequences:
@@ -72,14 +73,16 @@ class Sequences:
         return [self._group(torch.tensor(lengths[i:j])) for i, j in pairwise([*edges, len(lengths)])]
 
     def _group(self, lengths_N: Tensor) -> Group:
-        num_tokens, length, rows, mask = int(lengths_N.sum()), int(lengths_N.max()), None, None
+        num_tokens, length, rows, mask, places = int(lengths_N.sum()), int(lengths_N.max()), None, None, None
         if num_tokens < len(lengths_N) * length:
             mask_NL = torch.arange(length) < lengths_N[:, None]
             # Padded places read the group's first token, which the mask hides.
             rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
             rows[mask_NL] = torch.arange(num_tokens)
-            rows, mask = devices.transfer([rows.flatten(), mask_NL[:, None, None]], self.cu_seqlens.device)
-        return Group(num_tokens, len(lengths_N), length, rows, mask)
+            # Found here, because on a GPU whoever indexes with a mask waits to learn how many tokens there are.
+            found = [rows.flatten(), mask_NL[:, None, None], *mask_NL.nonzero(as_tuple=True)]
+            rows, mask, *places = devices.transfer(found, self.cu_seqlens.device)
+        return Group(num_tokens, len(lengths_N), length, rows, mask, places and tuple(places))
 
     def mask(self, i: int, window: Window, block: int) -> Tensor:
         """Whether a token of group `i` attends to another, bool, [N, blocks, 1, C, S]; N is 1 without padding. The
@@ -148,9 +151,8 @@ def attention(
             tokens = [x[group.rows] for x in tokens]
         q, k, v = (x.view(group.num_sequences, group.length, *x.shape[1:]).transpose(1, 2) for x in tokens)
         out_NLHK = _grouped(q, k, v, sequences, i, window, options).transpose(1, 2)
-        outputs.append(
-            (out_NLHK if group.mask is None else out_NLHK[group.mask[:, 0, 0]]).reshape(group.num_tokens, -1)
-        )
+        kept = out_NLHK if group.places is None else out_NLHK[group.places]
+        outputs.append(kept.reshape(group.num_tokens, -1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 

@@ -129,7 +129,11 @@ class Layer(nn.Module):
         self.feed_forward_norm, self.feed_forward = RMSNorm(features, eps=eps), feed_forward
 
     def forward(self, x_TD: Tensor, sequences: Sequences, turns: tuple[Tensor, Tensor], dropout: float) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), sequences, turns, dropout)
+        return self.after_attention(x_TD, self.attention(self.attention_norm(x_TD), sequences, turns, dropout))
+
+    def after_attention(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer (compiled.py)."""
+        x_TD = x_TD + attended_TD
         return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..progress import progress_bar
 from .adapter import ROLES, Adapter, Base, check_role
+from .at_once import AtOnce
 from .card import write_card
 from .dtypes import described_dtype, dtype_of
 from .fingerprint import fingerprint, fingerprint_of_side, precision
@@ -50,8 +51,7 @@ class Embedder(nn.Module):
     `store` and `token_cache` keep vectors and token ids, `adapter` maps the encoder's vectors, `lora` updates layers
     (both are trained too), and `query_side` has encoder, tokenizer, pooling and head for queries, while the Embedder's
     own are for documents: None unless set. `map_batches`, `device.fetched` unless set, calls `vectors_of` for every
-    batch. Unless `autocast` is false, encoders with float32 weights on CUDA infer in bfloat16; vectors and losses stay
-    float32."""
+    batch. Unless `autocast` is false, float32 weights on CUDA infer in bfloat16; vectors and losses stay float32."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Embedder(nn.Module):
         self.token_cache: TokenCache | None = None
         self.map_batches: Callable[..., Iterable[np.ndarray]] = devices.fetched
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
-        self.max_length = tokenizer.max_length
+        self.at_once, self.max_length = AtOnce(), tokenizer.max_length
 
     @property
     def full_dim(self) -> int:
@@ -295,7 +295,12 @@ class Embedder(nn.Module):
         """Vectors before the adapter, [B, D] float32, of token ids, a role, and a number of tokens not to pool."""
         (ids, role, prompt_length), side = batch, self.side(batch[1])
         devices.release_between_batches(self.device)
-        return self._finished(side._pooled(side._packed(ids, prompt_length), role, self._lowered(role)), role).float()
+
+        def compute(ids: TokenIds) -> Tensor:
+            pooled_BD = side._pooled(side._packed(ids, prompt_length), role, self._lowered(role))
+            return self._finished(pooled_BD, role).float()
+
+        return self.at_once(compute, self.device, ids)
 
     def _settings(self, role: str) -> dict[str, Any]:
         side = self.side(role)

@@ -89,7 +89,10 @@ class Layer(nn.Module):
         self.feed_forward_norm, self.feed_forward_out_norm = norm(D), norm(D)
 
     def forward(self, x_TD: Tensor, sequences: Sequences, turns: tuple[Tensor, Tensor], dropout: float) -> Tensor:
-        attended_TD = self.attention(self.attention_norm(x_TD), sequences, turns, dropout)
+        return self.after_attention(x_TD, self.attention(self.attention_norm(x_TD), sequences, turns, dropout))
+
+    def after_attention(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer (compiled.py)."""
         x_TD = x_TD + self.attention_out_norm(attended_TD)
         return x_TD + self.feed_forward_out_norm(self.feed_forward(self.feed_forward_norm(x_TD)))
 

@@ -56,6 +56,8 @@ class Linear(nn.Linear):
     reordered: Tensor | None = None  # the weight in the order in which oneDNN reads it; gone when `inference` ends
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which knows no operator of oneDNN's that is called by name
+            return F.linear(x_TD, self.weight, self.bias)
         if self.reorders and has_reordered_linear(x_TD.device, x_TD.dtype):
             return _product(x_TD, self._weight_for(x_TD), self.bias)
         if has_onednn_linear(x_TD.device, x_TD.dtype):
@@ -65,7 +67,7 @@ class Linear(nn.Linear):
     def activated(self, x_TD: Tensor, activation: str) -> Tensor:
         """The activation of that name, of y; in one kernel where nothing but the activation reads y."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        fused = self.reorders and not hooked and activation in FUSED
+        fused = self.reorders and not hooked and activation in FUSED and not torch.compiler.is_compiling()
         if fused and has_reordered_linear(x_TD.device, x_TD.dtype):
             return _product(x_TD, self._weight_for(x_TD), self.bias, FUSED[activation])
         return ACTIVATIONS[activation](self(x_TD))
@@ -144,7 +146,8 @@ class Dropout(nn.Dropout):
     The CPU rounds p to a multiple of 2^-16 and divides by one minus the rounded p, so the mean is exact."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        if self.training and 0 < self.p <= 1 - 1 / LEVELS and has_slow_dropout(x_TD.device):
+        is_slow = has_slow_dropout(x_TD.device) and not torch.compiler.is_compiling()
+        if self.training and 0 < self.p <= 1 - 1 / LEVELS and is_slow:
             return _Dropout.apply(x_TD, self.p)
         return F.dropout(x_TD, self.p, self.training)
 

@@ -94,7 +94,11 @@ class Layer(nn.Module):
         qkv_T3HK = self.qkv(self.attention_norm(x_TD)).view(len(x_TD), 3, self.num_heads, -1)
         q_THK, k_THK, v_THK = qkv_T3HK.unbind(1)
         q_THK, k_THK = rotate(q_THK, turns), rotate(k_THK, turns)
-        attended_TD = attention(q_THK, k_THK, v_THK, sequences, window=self.window, dropout=attention_dropout)
+        options = {"window": self.window, "dropout": attention_dropout}
+        return self.after_attention(x_TD, attention(q_THK, k_THK, v_THK, sequences, **options))
+
+    def after_attention(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer (compiled.py)."""
         x_TD = x_TD + self.dropout(self.attention_out(attended_TD))
         return x_TD + self.feed_forward(self.feed_forward_norm(x_TD))
 

@@ -84,7 +84,10 @@ class Layer(nn.Module):
 
     def forward(self, x_TD: Tensor, sequences: Sequences, attention_dropout: float) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
-        attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
+        return self.after_attention(x_TD, attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout))
+
+    def after_attention(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer (compiled.py)."""
         attended_TD = self.attention_out(attended_TD)
         x_TD = self.attention_norm(x_TD + (self.dropout(attended_TD) if self.drops_attended else attended_TD))
         activated_TF = self.feed_forward_in.activated(x_TD, self.activation)
@@ -123,7 +126,10 @@ class RotaryLayer(nn.Module):
     ) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
         q_THK, k_THK = rotate(q_THK, turns), rotate(k_THK, turns)
-        attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
+        return self.after_attention(x_TD, attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout))
+
+    def after_attention(self, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+        """The rest of the layer (compiled.py)."""
         x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward(x_TD)))
 

@@ -11,6 +11,7 @@ every "query" is 1, and their dot product is the score. So every loss over liste
 Shapes: P pairs, B queries, T tokens, D features.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +27,7 @@ from ..device import default_device, find_device
 from ..files import replace_files, write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
+from .at_once import AtOnce
 from .card import write_card
 from .classifier import FIELDS, LAYOUTS, Head, build_head, classifier_name, find_layout
 from .dtypes import find_dtype
@@ -47,7 +49,7 @@ class Scorer(nn.Module):
 
     `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits."""
 
-    full_dim, normalize, similarity = 1, False, "dot"  # as of an Embedder
+    full_dim, normalize, similarity, autocast = 1, False, "dot", True  # as of an Embedder
     adapter = store = lora = query_side = token_cache = None
 
     def __init__(
@@ -62,7 +64,7 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         self.encoder, self.head, self.tokenizer, self.source, self.sigmoid = encoder, head, tokenizer, source, sigmoid
-        self.pooling = pooling
+        self.pooling, self.at_once = pooling, AtOnce()
 
     @property
     def device(self) -> torch.device:
@@ -115,9 +117,14 @@ class Scorer(nn.Module):
         if role == "query":
             # With a gradient, which leads nowhere, because gradient caching asks every vector for one.
             return torch.ones(packed.num_sequences, 1, device=self.device, requires_grad=torch.is_grad_enabled())
+        return self._logits(packed)
+
+    def _logits(self, packed: Packed, lowered: contextlib.AbstractContextManager | None = None) -> Tensor:
         sorted_packed, place_P = sort_by_length(packed)
         sorted_packed = sorted_packed.to(self.device)
-        pooled_PD = self.pooling(encoded(self.encoder, sorted_packed), sorted_packed)
+        with lowered or contextlib.nullcontext():
+            hidden_TD = encoded(self.encoder, sorted_packed)
+        pooled_PD = self.pooling(hidden_TD, sorted_packed)
         return self.head(pooled_PD.to(self.head.out.weight.dtype))[devices.transfer([place_P], self.device)[0]].float()
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
@@ -146,16 +153,20 @@ class Scorer(nn.Module):
         sigmoid = self.sigmoid if sigmoid is None else sigmoid
         scores_P = np.empty(len(pairs), dtype=np.float32)
 
-        def scored(packed: Packed) -> Tensor:
+        def logits(ids: TokenIds, types: TokenIds) -> Tensor:
+            lowered = devices.inference_autocast(self.device, self.head.out.weight.dtype, self.autocast)
+            return self._logits(self._pack(ids, types), lowered)[:, 0]
+
+        def scored(pair: tuple[TokenIds, TokenIds]) -> Tensor:
             devices.release_between_batches(self.device)
-            logits_P = self.embed(packed, role="document")[:, 0]
+            logits_P = self.at_once(logits, self.device, *pair)
             return logits_P.sigmoid() if sigmoid else logits_P
 
         with inference(self), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
             for start in range(0, len(pairs), slice_pairs):
                 ids, types = self._tokens(pairs[start : start + slice_pairs])
                 rows_of = list(rows_by_length(ids.lengths(), limit))
-                found = devices.fetched(scored, (self._pack(ids.take(rows), types.take(rows)) for rows in rows_of))
+                found = devices.fetched(scored, ((ids.take(rows), types.take(rows)) for rows in rows_of))
                 for rows, found_P in zip(rows_of, found, strict=True):
                     if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
                         text = pairs[start + rows[wrong[0]]][0]
@@ -169,7 +180,7 @@ class Scorer(nn.Module):
         config = sorted((field.name, getattr(self.encoder.config, field.name)) for field in fields(self.encoder.config))
         settings = {"config": config, "max_length": self.max_length, "tokenizer": self.tokenizer.sha256()}
         settings |= {"types": self.tokenizer.has_types, "pooling": self.pooling.names, "sigmoid": self.sigmoid}
-        functions = [*self.pooling.functions, Tokenizer, pack, type(self).embed]
+        functions = [*self.pooling.functions, Tokenizer, pack, type(self)._logits]
         return fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
 
     def save(self, folder: str | Path) -> None:

@@ -10,7 +10,7 @@ Shapes: B queries, M documents, C vectors of their windows, G listed per query, 
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -152,11 +152,13 @@ class Targets:
         references = {name: (Q[start:stop], D) for name, (Q, D) in self.references.items()}
         return replace(self, **parts, known=known[known[:, 0] >= 0], references=references)
 
-    def to(self, device: torch.device | str) -> "Targets":
-        """The same on another device."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
-        return Targets(**moved, references=references)
+    def to(self, device: torch.device | str, transfer: Callable | None = None) -> "Targets":
+        """The same on another device. `transfer`: (tensors, device) -> the tensors there; None: one after the other."""
+        own = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors = [*own.values(), *(x for pair in self.references.values() for x in pair)]
+        moved = iter([x.to(device) for x in tensors] if transfer is None else transfer(tensors, device))
+        own = {name: next(moved) for name in own}
+        return Targets(**own, references={name: (next(moved), next(moved)) for name in self.references})
 
     def _numbers(self) -> Tensor:
         """[B] int64 from 0: a number for each query, the same for all of its rows."""

@@ -22,11 +22,12 @@ from ..config import from_dict, option
 from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import ROLES
 from ..encoders.classifier import is_classifier
-from ..encoders.fingerprint import fingerprint
+from ..encoders.dtypes import described_dtype
+from ..encoders.fingerprint import fingerprint, precision
 from ..encoders.loading import API_PREFIX, find_folder, load_embedder
 from ..encoders.openai_api import ApiEmbedder
 from ..encoders.schema import CONFIG_FILE, read_fields
-from ..encoders.scoring import load_scorer
+from ..encoders.scoring import Scorer, load_scorer
 from ..encoders.store import Store
 from .bm25 import K1, B, Bm25Index, bm25_run, split_words
 from .encoding import Passages, SupportsEncode, encode, encode_documents, join_slices, num_sizes, truncate
@@ -117,7 +118,10 @@ class Pairs:
 
     def sha256(self) -> str:
         """See `Part`."""
-        return self.scorer.sha256()
+        own = [self.scorer.sha256()]
+        if isinstance(self.scorer, Scorer):  # precision is no part of sha256
+            own += [described_dtype(self.scorer), *precision(self.scorer.device)]
+        return fingerprint([], {"model": own})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..encoders.embedder import Embedder
 from ..encoders.packing import Packed, cut_by_tokens, sort_by_length, take
 from ..losses.registry import Loss
 from ..losses.targets import Targets
+from .sharding import FILLER
 
 
 def cached_backward(
@@ -30,6 +31,7 @@ def cached_backward(
     mini_batch_tokens: int,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     before_last: Callable[[], None] = lambda: None,
+    num_passes: Callable[[int], int] = int,
 ) -> Tensor:
     """Computes loss(Q, D, targets), a scalar, and adds its gradients to those of the embedder and of the loss itself.
 
@@ -41,7 +43,8 @@ def cached_backward(
     Exact for any loss and under dropout: gradients and random generators end as after one backward pass over the same
     mini-batches, of `mini_batch_tokens` or one longer text. `queries` and `documents`, one text per row of Q and D, may
     be empty (distributed.py). `autocast` returns the context for computing vectors, both times; `before_last` is called
-    before the last mini-batch's backward pass, if there is one.
+    before the last mini-batch's backward pass, if there is one; num_passes(mini-batches of a side), at least as many,
+    is how many passes to make, those without texts on `FILLER` (sharding.py).
 
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2."""
     device = embedder.device
@@ -54,23 +57,21 @@ def cached_backward(
     sides, vectors = [], []
     for packed, role in ((queries, "query"), (documents, "document")):
         parts, place_B = mini_batches(packed, mini_batch_tokens)
-        states, embedded = [], []
-        for part in parts:
-            states.append(devices.random_state(device))
-            with torch.no_grad():
-                embedded.append(embed(part, role))
+        idle = num_passes(len(parts)) - len(parts)
+        states, embedded = _without_gradient(lambda part, role=role: embed(part, role), parts, idle, device)
         in_order = torch.cat(embedded) if embedded else no_vectors(embedder)
         place_B, order_B = devices.transfer([place_B, place_B.argsort()], device)
         vectors.append(in_order[place_B].detach().requires_grad_())
-        sides.append((role, parts, states, order_B))
+        sides.append((role, parts, states, order_B, idle))
     value = loss(*vectors, targets)
     value.backward()
     after, is_trained = devices.random_state(device), any(p.requires_grad for p in embedder.parameters())
     passes = []
-    for (role, parts, states, order_B), X in zip(sides, vectors, strict=True):
+    for (role, parts, states, order_B, idle), X in zip(sides, vectors, strict=True):
         if X.grad is not None and is_trained:  # the loss may ignore queries or documents
             gradients = X.grad[order_B].split([part.num_sequences for part in parts])
             passes += [(role, *each) for each in zip(parts, states, gradients, strict=True)]
+            passes += [(role, FILLER, after, X.grad.new_zeros(1, X.shape[1]))] * idle
     for number, (role, part, state, gradient_ND) in enumerate(passes, start=1):
         devices.set_random_state(state, device)
         if number == len(passes):
@@ -79,6 +80,20 @@ def cached_backward(
         devices.release_memory(device)
     devices.set_random_state(after, device)
     return value.detach()
+
+
+@torch.no_grad()
+def _without_gradient(
+    embed: Callable[[Packed], Tensor], parts: list[Packed], idle: int, device: torch.device
+) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+    """The random state before each part, and its vectors; after them, `idle` passes for nothing."""
+    states, embedded = [], []
+    for part in parts:
+        states.append(devices.random_state(device))
+        embedded.append(embed(part))
+    for _ in range(idle):
+        embed(FILLER)
+    return states, embedded
 
 
 def no_vectors(embedder: Embedder) -> Tensor:

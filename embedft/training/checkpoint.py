@@ -6,9 +6,11 @@
 Each is a folder of safetensors and JSON files, with their SHA-256 in files.json, renamed into place once complete.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from .. import device as devices
 from ..encoders.weights import write_tensors
 from ..files import named_errors, read_object, sha256_file, temporary_path, write_json
 from .precision import make_scaler
+from .sharding import Sharding, gathered, sharded_like
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, AVERAGE = "best.safetensors", "refresh.safetensors", "average.safetensors"
@@ -45,10 +48,20 @@ class TrainState:
     best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, like the next
     refresh_weights: Weights | None = field(default=None, repr=False, compare=False)  # used by the latest refresh
     average: Weights | None = field(default=None, repr=False, compare=False)  # a moving one, of the trained parameters
+    sharding: Sharding | None = field(default=None, repr=False, compare=False)  # of `embedder`, which is its `trained`
 
     def modules(self) -> dict[str, nn.Module]:
         """{file name: module} of everything with weights or other state."""
         return {MODEL: self.embedder} | ({LOSS: self.loss} if isinstance(self.loss, nn.Module) else {})
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        """The embedder with all its weights; on every rank at the same time."""
+        return contextlib.nullcontext(self.embedder) if self.sharding is None else self.sharding.whole()
+
+    def unshard(self) -> None:
+        """Ends sharding: the embedder has all its weights from now on; on every rank."""
+        if self.sharding is not None:
+            self.embedder, self.sharding = self.sharding.finish(), None
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every parameter the optimizer may update, by name; those of the loss as "loss/<name>"."""
@@ -62,14 +75,21 @@ def copy_weights(module: nn.Module) -> Weights:
     return {name: tensor.detach().clone().cpu() for name, tensor in module.state_dict().items()}
 
 
-def save_checkpoint(folder: Path, state: TrainState) -> None:
-    """Writes folder/step-000400, then removes all but the two newest checkpoints."""
+def contents(state: TrainState) -> tuple[dict[str, Weights | None], dict[str, Any]]:
+    """{file: tensors} of a checkpoint, and the optimizer's numbers; on every rank, since sharded tensors are gathered,
+    on rank 0."""
+    moments, optimizer = _optimizer_state(state)
+    weights = {file: module.state_dict() for file, module in state.modules().items()} | {OPTIMIZER: moments}
+    weights = {file: {name: gathered(x) for name, x in tensors.items()} for file, tensors in weights.items()}
+    weights |= {RANDOM: devices.random_state(state.embedder.device)}
+    return weights | {BEST: state.best_weights, REFRESH: state.refresh_weights, AVERAGE: state.average}, optimizer
+
+
+def save_checkpoint(folder: Path, state: TrainState, found: tuple | None = None) -> None:
+    """Writes `found`, the `contents`, to folder/step-000400, then removes all but the two newest checkpoints."""
     path = folder / f"step-{state.step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
-    moments, optimizer = _optimizer_state(state)
-    weights = {file: module.state_dict() for file, module in state.modules().items()}
-    weights |= {OPTIMIZER: moments, RANDOM: devices.random_state(state.embedder.device)}
-    weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights, AVERAGE: state.average}
+    weights, optimizer = contents(state) if found is None else found
     with named_errors(path), temporary_path(folder, ".step.", Path.mkdir) as new:
         for name, tensors in weights.items():
             if tensors is not None:
@@ -115,11 +135,13 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
         raise ValueError(f"{path / STATE}: scaler is {scaler}, so it belongs to a run of another precision")
     state.scaler.load_state_dict(scaler)
     for file, module in modules.items():
-        module.load_state_dict(weights[file])
+        own = module.state_dict()
+        module.load_state_dict({name: sharded_like(own[name], x) for name, x in weights[file].items()})
     for key, value in moments.items():
         name, _, parameter = key.partition("/")
         # The fused AdamW kernel wants its step counter on the parameter's device.
-        value = value.to(parameters[parameter].device) if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            value = sharded_like(parameters[parameter], value).to(parameters[parameter].device)
         state.optimizer.state[parameters[parameter]][name] = value
     for group, saved in zip(groups, values["groups"], strict=True):
         group.update(saved)  # all but the learning rate, which follows from the schedule

@@ -47,6 +47,9 @@ class TrainConfig:
     )
     deterministic: bool = option(False, "the same bits every time on a GPU too, or an error")
     checkpoint_activations: bool = option(False, "compute layers again in the backward pass, for less memory")
+    shard_weights: bool = option(
+        False, "on several ranks, each keeps its part of weights, gradients and moments (FSDP2)"
+    )
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = option("ndcg@10", "validation metric that chooses the best weights; of one set: NAME/ndcg@10")
@@ -55,6 +58,10 @@ class TrainConfig:
     def __post_init__(self):
         check_types(type(self), vars(self))
         flattened(self.lr_parts)
+        if self.shard_weights:
+            self.check_unused(("ema", "tuned_share", "depths"), "shard_weights is true")
+            if self.precision == "float16":
+                raise ValueError("precision is 'float16', but shard_weights is true: expected float32 or bfloat16")
 
     def check_unused(self, names: tuple[str, ...], why: str) -> None:
         """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
@@ -147,6 +154,8 @@ class FinetuneConfig(TrainConfig):
             self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
         if not self.passages:
             self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
+        if self.shard_weights:
+            self.check_unused(("lora", "mine_every", "refresh_windows"), "shard_weights is true")
         self._check_teacher()
         if not self.mine_every:
             relabels = self.teacher.get("relabel") is not None

@@ -1,7 +1,7 @@
 """Data-parallel training, one process (rank) per device, in a torch.distributed process group.
 
 Each rank embeds its part of a batch's texts; the vectors are gathered, and every rank computes the loss on the whole
-batch, so the number of ranks changes neither negatives nor gradients. Weights and optimizer state are not sharded.
+batch, so the number of ranks changes neither negatives nor gradients. Each has all weights (but see sharding.py).
 
     with process_group():                              # or torch.distributed.init_process_group(...), nccl or gloo
         embedder = load_embedder("BAAI/bge-base-en-v1.5", device=rank_device())
@@ -45,7 +45,7 @@ def process_group(*, timeout_hours: float = 2) -> Iterator[None]:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(_own_cuda_device())
     dist.init_process_group(timeout=datetime.timedelta(hours=timeout_hours))
     try:
         yield
@@ -64,7 +64,13 @@ def rank_device(name: str | None = None) -> str | None:
     if rank_and_size()[1] == 1:
         return name
     name = name or ("cuda" if devices.default_device().type == "cuda" else "cpu")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
+    return _own_cuda_device() if name == "cuda" else name
+
+
+def _own_cuda_device() -> str:
+    """Ranks of a machine take its devices in turn; more ranks than devices share them."""
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    return f"cuda:{number % count if count else number}"
 
 
 class LocalBatch(NamedTuple):
@@ -143,6 +149,8 @@ def summing_gradients(
         left.append(p)
     while left:
         begin(left.popleft())
+    if not existed:
+        return
     counts = torch.tensor([*existed.values()], device=next(iter(existed)).device).int()
     dist.all_reduce(counts)
     for work in sums:
@@ -158,6 +166,11 @@ def broadcast_weights(*modules: nn.Module) -> None:
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), src=0)
+
+
+def most(number: int) -> int:
+    """The largest of the ranks' numbers."""
+    return max(_from_each(number))
 
 
 def reseed(*numbers: int, apart: bool) -> None:

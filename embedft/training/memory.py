@@ -20,6 +20,7 @@ from ..data.collate import Batch
 from ..encoders.embedder import Embedder
 from .checkpoint import TrainState
 from .distributed import rank_and_size
+from .sharding import check_sharding
 
 T = TypeVar("T")
 
@@ -75,10 +76,12 @@ def _with_hooks(layer: nn.Module) -> contextlib.AbstractContextManager:
 
 
 def check_memory(embedder: Embedder, config: Any) -> None:
-    """Raises `ValueError` for an encoder that lacks the layers to compute again, and for "auto" on several ranks: one
-    that runs out of memory would leave the others waiting for it."""
+    """Raises `ValueError` for an encoder that lacks the layers to compute again or cannot be sharded, and for "auto" on
+    several ranks: one that runs out of memory would leave the others waiting for it."""
     if config.checkpoint_activations:
         layers_of(embedder)
+    if config.shard_weights:
+        check_sharding(embedder, num_ranks=rank_and_size()[1])
     if config.mini_batch_tokens == "auto" and (size := rank_and_size()[1]) > 1:
         raise ValueError(f"mini_batch_tokens is 'auto', expected a number of tokens on {size} ranks")
 

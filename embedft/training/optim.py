@@ -39,6 +39,23 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
+def make_optimizer(model: nn.Module, loss: Any, config: Any, make: MakeOptimizer | None) -> torch.optim.Optimizer:
+    """AdamW as configured, or what `make` returns; each group records its peak learning rate as "initial_lr"."""
+    if isinstance(loss, nn.Module):
+        loss.to(model.device).train()
+    names = ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay")
+    if make is None:
+        optimizer = build_optimizer(model, loss, **{name: getattr(config, name) for name in names})
+    else:
+        config.check_unused(names, "the argument optimizer replaces it")
+        optimizer = make(parameter_groups(model, loss))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
 def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]:
     """What a `train(..., optimizer=...)` callable gets: groups of (name, parameter) pairs, as torch.optim accepts.
     They are "matrices", "vectors" (biases and norms; weight_decay 0) and, if the loss has any, "loss" (weight_decay 0).

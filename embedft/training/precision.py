@@ -13,6 +13,17 @@ from contextlib import AbstractContextManager
 
 import torch
 
+NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is not finite. `.step`, `.query_ids`, `.document_ids` say where."""
+
+    def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
+        self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
+        names = [", ".join(ids[:NAMED_IDS]) + ", ..." * (len(ids) > NAMED_IDS) for ids in (query_ids, document_ids)]
+        super().__init__(f"step {step}: the {what}; queries {names[0]}; documents {names[1]}")
+
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """Contexts in which to compute vectors; the only autocast in training, so that losses are computed in float32."""

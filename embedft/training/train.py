@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .. import device as devices
 from ..data.collate import Batch
@@ -33,30 +32,20 @@ from ..progress import progress_bar
 from . import distributed
 from .averaging import KeptWeights
 from .cached import cached_backward, no_vectors
-from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
+from .checkpoint import TrainState, contents, copy_weights, load_checkpoint, save_checkpoint
 from .configs import TrainConfig
 from .distributed import LocalBatch
 from .epochs import BatchSource, Epochs, Refresh
 from .memory import backing_off, check_memory, recomputing
-from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
-from .precision import autocast, make_scaler
+from .optim import MakeOptimizer, lr_factor, make_optimizer
+from .precision import NonFiniteError, autocast, make_scaler
 from .references import Reference, targets_with
 from .run_folder import CHECKPOINTS, Log, open_log
+from .sharding import FILLER, Sharding, clip_gradients, is_sharded
 
 # Batches between calls of `device.release_memory`. For 60 steps of Lyft's recipe in bfloat16: every 4, 3.03 GiB and
 # 143 s of CPU time; every 16, 3.31 and 116; never, 3.52 and 106 (a Xeon with AMX, torch 2.13.0, 2026-12-01).
 RELEASE_EVERY = 16
-NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
-
-
-class NonFiniteError(ValueError):
-    """A loss or gradient is not finite. `.step`, `.query_ids`, `.document_ids` say where."""
-
-    def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
-        self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
-        names = [", ".join(ids[:NAMED_IDS]) + ", ..." * (len(ids) > NAMED_IDS) for ids in (query_ids, document_ids)]
-        super().__init__(f"step {step}: the {what}; queries {names[0]}; documents {names[1]}")
-
 
 Constant = Callable[[Batch], Tensor]
 Evaluate = Callable[[Embedder], Mapping[str, float]]
@@ -99,8 +88,7 @@ def train(
         NonFiniteError: a loss or gradient is not finite, in float16 at any scale; no step was taken with it.
         ValueError: `config.select` is not a metric; a reference or refresh returns the wrong number of vectors or
             batches; ranks differ; a checkpoint is damaged or belongs to another run."""
-    scaler = make_scaler(config.precision, embedder.device)
-    state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer), scaler)
+    state = _initial_state(embedder, loss, config, optimizer, refresh)
     epochs = Epochs(batches, config, refresh, refresh_every)
     eval_every, save_every = (n or epochs.steps_per_epoch for n in (config.eval_every, config.checkpoint_every))
     with _session(state, epochs, config, out) as (log, resumed, bar, kept):
@@ -118,9 +106,10 @@ def train(
             if evaluate is not None and (last or state.step % eval_every == 0):
                 validate(state, kept, evaluate, config, log)
             if out is not None and (last or state.step % save_every == 0):
-                distributed.from_first(lambda: save_checkpoint(out / CHECKPOINTS, state))
+                _save(out / CHECKPOINTS, state)
             bar.set_postfix(loss=f"{record['loss']:.4f}", waiting=f"{record['wait_share']:.1%}", refresh=False)
             bar.update()
+    state.unshard()
     kept.finish()
     return state
 
@@ -184,10 +173,12 @@ def _gradients(
     Returns the loss, its components, and the depth of each batch."""
     embedder, loss, components, depths = state.embedder, 0.0, Counter(), []
     of_loss = [p for p in state.loss.parameters() if p.requires_grad] if isinstance(state.loss, nn.Module) else []
-    with distributed.summing_gradients(embedder.parameters(), of_first=of_loss) as begin_sums:
+    whole = [p for p in embedder.parameters() if not is_sharded(p)]  # the others' gradients are summed as they come
+    with distributed.summing_gradients(whole, of_first=of_loss) as begin_sums:
         for place, batch in enumerate(parts):
-            targets = targets_with(references, batch).to(embedder.device)
-            given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
+            targets = targets_with(references, batch).to(embedder.device, devices.transfer)
+            given = [vectors(batch) for vectors in constant.values()]
+            given = dict(zip(constant, devices.transfer(given, embedder.device), strict=True))
             local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
             depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
             options = {"at_once": at_once} | ({"before_last": begin_sums} if place == len(parts) - 1 else {})
@@ -209,7 +200,7 @@ def _clip_and_step(
     skipped because they are not finite at this scale."""
     state.scaler.unscale_(state.optimizer)
     parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    grad_norm = clip_gradients(parameters, config.max_grad_norm)
     is_skipped = scale > 1 and not grad_norm.isfinite()  # next time with a smaller scale
     for what, value in (("loss", loss), ("gradient norm", grad_norm)):
         if not value.isfinite() and not (is_skipped and value is grad_norm):
@@ -250,14 +241,17 @@ def backward(
 
     distributed.reseed(*seeds, apart=True)
     packed = local.queries, local.documents
-    if at_once is not None and _num_tokens(local) > at_once:
+    if at_once is not None and (config.shard_weights or _num_tokens(local) > at_once):
         options = {"mini_batch_tokens": at_once, "autocast": lower, "before_last": before_last}
+        options |= {"num_passes": distributed.most} if config.shard_weights else {}
         return cached_backward(embedder, *packed, targets, weighted_loss, **options), components
-    Q = D = no_vectors(embedder)
-    if _num_tokens(local):
-        with lower():
+    Q, D, idle = *[no_vectors(embedder)] * 2, 0.0
+    with lower():
+        if _num_tokens(local):
             Q, D = embedder.embed_pair(*packed)
-    value = weighted_loss(Q, D, targets)
+        elif config.shard_weights:
+            idle = 0.0 * embedder.embed(FILLER, role="document").sum()
+    value = weighted_loss(Q, D, targets) + idle
     before_last()
     value.backward()
     return value.detach(), components
@@ -267,7 +261,7 @@ def validate(state: TrainState, kept: KeptWeights, evaluate: Evaluate, config: T
     """Evaluates the weights to keep on rank 0, where the other ranks help to encode, and keeps the best so far."""
     start, embedder = time.perf_counter(), state.embedder.eval()
     devices.release_memory(embedder.device)  # before and after: encoding fragments memory as much as training does
-    with kept.in_place():
+    with kept.in_place(), state.whole() as embedder:
         metrics = distributed.encoding_together(embedder, lambda: dict(evaluate(embedder)))
         devices.release_memory(embedder.device)
         if config.select not in metrics:
@@ -281,21 +275,19 @@ def validate(state: TrainState, kept: KeptWeights, evaluate: Evaluate, config: T
     state.evaluations.append((state.step, metrics))
 
 
-def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None) -> Optimizer:
-    """AdamW as configured, or what `make` returns; each group records its peak learning rate as "initial_lr"."""
-    if isinstance(loss, nn.Module):
-        loss.to(embedder.device).train()
-    names = ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay")
-    if make is None:
-        optimizer = build_optimizer(embedder, loss, **{name: getattr(config, name) for name in names})
-    else:
-        config.check_unused(names, "the argument optimizer replaces it")
-        optimizer = make(parameter_groups(embedder, loss))
-    if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+def _initial_state(
+    embedder: Embedder, loss: Loss, config: TrainConfig, optimizer: MakeOptimizer | None, refresh: Refresh | None
+) -> TrainState:
+    check_memory(embedder, config)
+    sharding = Sharding(embedder, refresh) if config.shard_weights else None
+    trained = embedder if sharding is None else sharding.trained
+    scaler = make_scaler(config.precision, embedder.device)
+    return TrainState(trained, loss, make_optimizer(trained, loss, config, optimizer), scaler, sharding=sharding)
+
+
+def _save(folder: Path, state: TrainState) -> None:
+    found = contents(state)  # on every rank
+    distributed.from_first(lambda: save_checkpoint(folder, state, found))
 
 
 @contextlib.contextmanager
@@ -303,7 +295,6 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
     """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar, weights to keep); leaves the embedder in
     inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
-    check_memory(state.embedder, config)
     state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
     try:
         with (
@@ -311,7 +302,7 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
             devices.seeded(config.seed, device),
             devices.reusing_memory(device),
         ):
-            distributed.broadcast_weights(*state.modules().values())
+            distributed.broadcast_weights(*list(state.modules().values())[state.sharding is not None :])
             kept = KeptWeights(state, config)  # before a checkpoint replaces the base's weights
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
             was_refreshed = epochs.refresh is not None and state.step > epochs.steps_per_epoch * epochs.every
