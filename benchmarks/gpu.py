@@ -6,15 +6,14 @@
 Encoders have published shapes and random weights, texts have published lengths and random words (shapes.py). In turn:
 the tests marked `cuda`; encoding in bfloat16; training steps, batch 512, Matryoshka, under bfloat16 autocast; the
 finance recipe (four epochs of 6,300 pairs, without its evaluations), beside its article's time; cached batches of 8,192
-and 32,768 pairs; exact search of a million vectors; if sentence-transformers is installed, encoding and training
-against it. What fails or is not installed is reported, and the rest goes on; what would start too late is left out. The
-figures of each step are added to benchmarks/results/DEVICE-DATE.json, a file as of benchmarks.run, and make a table at
-the end.
+and 32,768 pairs; exact search of a million vectors; encoding and a step with compiled layers; if sentence-transformers
+is installed, encoding and training against it. What fails or is not installed is reported, and the rest goes on; what
+would start too late is left out. The figures of each step are added to benchmarks/results/DEVICE-DATE.json, a file as
+of benchmarks.run, and make a table at the end.
 """
 
 import argparse
 import csv
-import functools
 import importlib
 import importlib.util
 import re
@@ -34,6 +33,7 @@ import torch
 from embedft import Embedder, RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import make_batches
 from embedft.device import default_device, describe, find_device, peak_memory_bytes, reset_peak_memory
+from embedft.encoders.compiled import compile_layers
 from embedft.files import read_json, write_json
 from embedft.losses.registry import Loss
 from embedft.retrieval.index import search_exact
@@ -111,37 +111,43 @@ class Measurements:
         return [Row(f"{case}, {dtype}", [1e12 / rate], flops=10**12) for dtype, rate in rates.items() if rate]
 
     def encode(self) -> list[Row]:
-        return [row for shape in self.sizes.shapes for row in self._encode(shape)]
-
-    def _encode(self, shape: str) -> list[Row]:
         """With weights in bfloat16; contexts with float32 weights too, which infer in bfloat16 by default."""
         rows, kinds = [], ("longest", "chunks", "contexts", "questions")
-        cases = [*((kind, torch.bfloat16) for kind in kinds), ("contexts", torch.float32)]
-        for kind, dtype in cases:
-            embedder = self.load(shape, dtype)
-            mean = draw_lengths(kind, 1_000).mean()
-            texts = self.texts(kind, max(8, round(self.sizes.encoded / mean)), shape)
-            lengths = np.array([len(ids) for ids in embedder.tokenizer.encode(texts)])
-            encode = functools.partial(embedder.encode, texts, progress=False)
-            seconds, peak = self.timed(encode)
-            start = time.perf_counter()
-            embedder.pack(texts, role="document")
-            more = {"of_it_tokenizing": (time.perf_counter() - start) / statistics.median(seconds)}
-            facts = {"texts": len(texts), "tokens": int(lengths.sum()), "more": more}
-            flops = suite.flops_of(embedder.encoder, lengths)
-            case = f"encode {kind}, {shape}" + (", float32 weights" if dtype is torch.float32 else "")
-            rows.append(self.row(case, seconds, flops, peak, **facts))
+        for shape in self.sizes.shapes:
+            embedder = self.load(shape, torch.bfloat16)
+            rows += [self.encoded(f"encode {kind}, {shape}", embedder, kind, shape) for kind in kinds]
+            embedder = self.load(shape, torch.float32)
+            rows.append(self.encoded(f"encode contexts, {shape}, float32 weights", embedder, "contexts", shape))
         return rows
+
+    def encoded(self, case: str, embedder: Embedder, kind: str, shape: str) -> Row:
+        mean = draw_lengths(kind, 1_000).mean()
+        texts = self.texts(kind, max(8, round(self.sizes.encoded / mean)), shape)
+        lengths = np.array([len(ids) for ids in embedder.tokenizer.encode(texts)])
+        seconds, peak = self.timed(lambda: embedder.encode(texts, progress=False))
+        start = time.perf_counter()
+        embedder.pack(texts, role="document")
+        more = {"of_it_tokenizing": (time.perf_counter() - start) / statistics.median(seconds)}
+        facts = {"texts": len(texts), "tokens": int(lengths.sum()), "more": more}
+        return self.row(case, seconds, suite.flops_of(embedder.encoder, lengths), peak, **facts)
 
     def step(self) -> list[Row]:
         """Training steps on a batch at once."""
-        rows, (number, steps) = [], (self.sizes.batch, self.sizes.steps)
-        for shape in self.sizes.shapes:
-            embedder = self.load(shape, torch.float32)
-            config = TrainConfig(precision="bfloat16", epochs=1)
-            case, loss = f"step of {number:,} pairs, {shape}, Matryoshka", matryoshka(embedder)
-            rows.append(self.trained(case, embedder, loss, config, (number, steps), TRAIN_PASSES))
-        return rows
+        return [
+            self.stepped(f"step of {{}} pairs, {shape}, Matryoshka", self.load(shape, torch.float32))
+            for shape in self.sizes.shapes
+        ]
+
+    def stepped(self, case: str, embedder: Embedder) -> Row:
+        sizes, config = (self.sizes.batch, self.sizes.steps), TrainConfig(precision="bfloat16", epochs=1)
+        return self.trained(case.format(f"{sizes[0]:,}"), embedder, matryoshka(embedder), config, sizes, TRAIN_PASSES)
+
+    def compiled(self) -> list[Row]:
+        """Contexts and a step again, with compiled layers."""
+        embedder, shape = self.load(self.sizes.base, torch.float32), self.sizes.base
+        compile_layers(embedder, backend="aot_eager" if self.dry else "inductor")
+        rows = [self.encoded(f"encode contexts, {shape}, compiled", embedder, "contexts", shape)]
+        return [*rows, self.stepped(f"step of {{}} pairs, {shape}, Matryoshka, compiled", embedder)]
 
     def recipe(self) -> list[Row]:
         """The finance recipe: all its steps in one time."""
@@ -259,7 +265,7 @@ class Measurements:
         return Row(case, seconds, flops=flops, peak_bytes=peak, matrix_flops_per_second=self.rate, **facts)
 
 
-STEPS = ("matrices", "tests", "encode", "step", "recipe", "cached", "search", "peers")
+STEPS = ("matrices", "tests", "encode", "step", "recipe", "cached", "search", "compiled", "peers")
 
 
 def matryoshka(embedder: Embedder) -> Loss:

@@ -50,7 +50,8 @@ def test_everything_once(tmp_path, monkeypatch, capsys):
     cases += [f"step of 6 pairs, {shape}, Matryoshka" for shape in ("tiny", "tiny mpnet")]
     cases += ["finance recipe, 2 epochs of 12 pairs"]
     cases += [f"cached step of {number} pairs, tiny" for number in (8, 12)]
-    cases += ["exact search, 20 queries, 500 x 16", "encode mix, tiny", "train mix, tiny"]
+    cases += ["exact search, 20 queries, 500 x 16", "encode contexts, tiny, compiled"]
+    cases += ["step of 6 pairs, tiny, Matryoshka, compiled", "encode mix, tiny", "train mix, tiny"]
     assert list(rows) == cases
     assert rows["tests"]["result"] == "3 passed"
     assert len(rows["encode questions, tiny"]["seconds"]) == 2

@@ -119,10 +119,10 @@ def test_training_in_half_precision(device, tmp_path, precision, options):
     if precision == "float16" and device.type != "cuda":
         pytest.skip("float16 is trained on CUDA")
     texts = list(make_dataset(11, 9).corpus.values())
-    base = torch.from_numpy(make_embedder(tmp_path / "base").encode(texts))
+    base = torch.from_numpy(make_embedder(tmp_path / "base", dropout=0.0).encode(texts))
     moves = [trained(tmp_path / "base", torch.device("cpu")) - base]
     moves.append(trained(tmp_path / "base", device, precision=precision, **options) - base)
-    assert torch.cosine_similarity(*(x.flatten() for x in moves), dim=0) > 0.95
+    assert torch.cosine_similarity(*(x.flatten() for x in moves), dim=0) > 0.99
 
 
 @pytest.mark.parametrize("options", [{}, {"mini_batch_tokens": 30}, {"precision": "bfloat16"}], ids=str)
