@@ -17,6 +17,7 @@ from embedft.encoders.pooling import Pooling
 
 from . import commandline, sources
 from .ablate import OUT, halves
+from .repro_matryoshka_finance import merge_equal_texts, read_rows, split_rows
 
 SEED = 0
 
@@ -34,6 +35,20 @@ def lyft(name: str = "published") -> tuple[str, str]:
         make = {"apart": _apart, "ict": _sentences, "mix": _mix}[name]
         make(RetrievalDataset.load(train)).save(path)
     return str(path), validation
+
+
+def finance() -> tuple[str, str, str]:
+    """Files of training, validation and test questions of the finance pairs, split as in repro_matryoshka_finance, but
+    for questions that a later part has too, which the earlier one keeps: test, validation, training."""
+    paths = [OUT / "data" / f"finance-{name}.json" for name in ("train", "validation", "test")]
+    if not all(path.exists() for path in paths):
+        split = split_rows(*read_rows(sources.find_data("finance_qa", None) / "Financial-QA-10k.csv"), keep_back=True)
+        seen: set[str] = set()
+        for path, part in zip(paths[::-1], (split.test, split.held_out, merge_equal_texts(split.train)), strict=True):
+            queries = {i: text for i, text in part.queries.items() if text not in seen}
+            seen |= set(queries.values())
+            RetrievalDataset(queries, part.corpus, {i: part.qrels[i] for i in queries}).save(path)
+    return str(paths[0]), str(paths[1]), str(paths[2])
 
 
 def tests() -> dict[str, str]:
