@@ -67,7 +67,7 @@ def test_points_may_be_given_and_leave_the_rest_to_the_base():
 
 
 def test_what_is_said_of_several_points_is_said_once():
-    with pytest.warns(UserWarning, match="memorisation") as caught:
+    with pytest.warns(UserWarning, match=naming("memorisation")) as caught:
         planned(validation="train.jsonl")
     assert len([one for one in caught if "memorisation" in str(one.message)]) == 1
 

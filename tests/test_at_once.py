@@ -56,7 +56,7 @@ def test_a_text_that_does_not_fit_alone_is_an_error(tmp_path):
     limited(embedder, 3)
     longest = max(map(len, embedder.tokenizer.encode(TEXTS)))
     with (
-        pytest.warns(UserWarning, match="memory"),
+        pytest.warns(UserWarning, match=naming("memory")),
         pytest.raises(ValueError, match=naming("cpu", "memory", longest, "tokens")),
     ):
         embedder.encode(TEXTS)
@@ -69,5 +69,5 @@ def test_other_errors_stay_what_they_are(tmp_path):
         raise RuntimeError("shapes differ")
 
     embedder.encoder.forward = encoder
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(RuntimeError, match=naming("differ")):
         embedder.encode(TEXTS)

@@ -912,7 +912,7 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(("every", "steps"), [(None, [4, 8]), (3, [3, 6, 8]), (4, [4, 8]), (100, [8])])
 def test_how_often_to_validate_and_to_keep_a_checkpoint(tmp_path, monkeypatch, every, steps):
     saved = []
-    monkeypatch.setattr(train_module, "save_checkpoint", lambda folder, state: saved.append(state.step))
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda folder, state, found: saved.append(state.step))
     embedder = make_embedder(tmp_path / "base")
     config = dataclasses.replace(CONFIG, eval_every=every, checkpoint_every=every)
     evaluate = scripted([0.1] * 4)
