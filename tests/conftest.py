@@ -25,6 +25,9 @@ from safetensors.torch import save_file
 # A shell starts what it runs in the background with Ctrl-C ignored; the processes that tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Lets cuBLAS be deterministic in every test that asks for it: torch reads this once, at its first product on CUDA.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Set by --no-onednn. Processes that tests start and compare with import this file too.
 if os.environ.get("TESTS_WITHOUT_ONEDNN"):
     torch.backends.mkldnn.enabled = False
@@ -80,6 +83,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("cuda") and not AVAILABLE["cuda"]:
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
     seed = config.getoption("shuffle")
     if seed is not None:
         random.Random(seed).shuffle(items)

@@ -349,6 +349,21 @@ def test_the_packed_branch_is_one_softmax_a_sequence(packed_kernel, lengths, dty
         torch.testing.assert_close(one.double(), other, rtol=0, atol=20 * tolerance)
 
 
+def test_older_packed_kernels_get_as_many_heads_of_keys_as_of_queries(packed_kernel, monkeypatch):
+    """torch 2.11 has no `enable_gqa`."""
+    from torch.nn.attention import varlen
+
+    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        options = {"calls": packed_kernel, "scale": scale, "window_size": window_size}
+        return stand_in(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, **options)
+
+    qkv, lengths = [x.half() for x in random_qkv(8, groups=1)], [5, 3]
+    expected = attention(*qkv, Sequences(pack([[0] * n for n in lengths])))
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    assert torch.equal(attention(*qkv, Sequences(pack([[0] * n for n in lengths]))), expected)
+    assert packed_kernel == [2, 2]
+
+
 def test_the_packed_branch_gives_way_to_dropout_and_biases(packed_kernel):
     qkv = [x.half() for x in random_qkv(8)]
     attention(*qkv, Sequences(pack([[0] * 8])), dropout=0.5)
@@ -381,7 +396,7 @@ def test_the_packed_kernel_gets_heads_of_a_width_that_it_takes(monkeypatch, widt
     assert bool(calls) == is_taken
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_packed_kernel_agrees(dtype):
     if not has_packed_attention(torch.device("cuda"), dtype):

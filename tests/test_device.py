@@ -181,8 +181,9 @@ def determinism() -> tuple:
 @pytest.mark.parametrize("workspace", [None, ":16:8"])
 def test_determinism_is_a_setting_for_a_while(monkeypatch, workspace):
     """torch knows which kernels are deterministic, so its settings are what can be tested without a GPU."""
-    if workspace is not None:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace or "")
+    if workspace is None:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = determinism()
     with deterministic(torch.device("cuda")):
         assert determinism() == (True, False, workspace or ":4096:8")
@@ -278,7 +279,7 @@ def test_the_cpu_has_no_thread_beside_its_work():
     assert devices.batches_ahead(torch.device("cuda:1")) == devices.batches_ahead(torch.device("mps")) == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_tensors_travel_to_cuda_and_back():
     tensors = mixed_tensors()
     moved = devices.transfer(tensors, "cuda")

@@ -759,13 +759,12 @@ def test_a_device_that_is_not_there_is_refused():
         fit_adapter(*problem(), PLAIN, device="cuda:99")
 
 
-@pytest.mark.skipif(devices.default_device().type == "cpu", reason="needs CUDA or MPS")
 @pytest.mark.parametrize("objective", ["full_corpus", "in_batch"])
 @pytest.mark.parametrize("at_once", [5, 64])
-def test_every_device_fits_the_same(objective, at_once):
+def test_every_device_fits_the_same(device, objective, at_once):
     Q, D, qrels = problem()
     config = replace(PLAIN, objective=objective, side="both", held_out=0.2, documents_at_once=at_once)
-    source, device = np.arange(len(D)) // 2, devices.default_device()
+    source = np.arange(len(D)) // 2
     qrels = {query: {document // 2: 1 for document in grades} for query, grades in qrels.items()}
     expected, found = (fit_adapter(Q, D, qrels, config, source=source, device=where) for where in ("cpu", device))
     assert found.query.weight.device.type == device.type

@@ -10,6 +10,7 @@ of a head; N sequences of a group, L their length; C tokens of a block, S tokens
 """
 
 import functools
+import inspect
 import math
 from itertools import pairwise
 from typing import NamedTuple
@@ -164,7 +165,11 @@ def _packed_kernel(
     # Only what differs from the defaults, which older versions of torch know too.
     options = {} if window == FULL else {"window_size": tuple(-1 if n is None else n for n in window)}
     options |= {} if scale is None else {"scale": scale}
-    options |= {"enable_gqa": True} if k_TGK.shape[1] < q_THK.shape[1] else {}
+    if (num_queries := q_THK.shape[1] // k_TGK.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        else:  # torch 2.11
+            k_TGK, v_TGK = (x.repeat_interleave(num_queries, dim=1) for x in (k_TGK, v_TGK))
     cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
     return varlen_attn(q_THK, k_TGK, v_TGK, cu_seqlens, cu_seqlens, longest, longest, **options)
 
