@@ -7,7 +7,8 @@ Encoders have published shapes and random weights, texts have published lengths 
 by importance: rates of matrix products; the tests marked `cuda`; encoding in bfloat16, from float32 weights, as by
 default, and from bfloat16 weights; training steps, batch 512, Matryoshka, under bfloat16 autocast; if
 sentence-transformers is installed, both against it; the finance recipe (four epochs of 6,300 pairs, without its
-evaluations), beside its article's time; cached batches of 8,192 and 32,768 pairs; exact search of a million vectors.
+evaluations), beside its article's time; cached batches of 8,192 and 32,768 pairs; exact search of a million vectors;
+encoding and a step with compiled layers.
 
 What fails or is not installed is reported, and the rest goes on. Each row is at once in
 benchmarks/results/DEVICE-DATE.json, a file as of benchmarks.run; when the time is over, the rows so far make the table.
@@ -41,6 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from embedft import Embedder, RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import make_batches
 from embedft.device import default_device, describe, find_device, peak_memory_bytes, reset_peak_memory
+from embedft.encoders.compiled import compile_layers
 from embedft.files import read_json, write_json
 from embedft.losses.registry import Loss
 from embedft.retrieval.index import search_exact
@@ -81,9 +83,10 @@ class Sizes:
     cached: tuple[int, ...] = (8_192, 32_768)
     mini_batch_tokens: int = 65_536
     search: tuple[int, int, int] = (1_000_000, 10_000, 768)  # documents, queries, dimensions
+    backend: str = "inductor"  # of torch.compile
 
 
-DRY = Sizes(("tiny", "tiny mpnet"), "tiny", 600, 8, 2, 6, 3, (12, 2, 3, 2), (8, 12), 512, (500, 20, 16))
+DRY = Sizes(("tiny", "tiny mpnet"), "tiny", 600, 8, 2, 6, 3, (12, 2, 3, 2), (8, 12), 512, (500, 20, 16), "aot_eager")
 
 
 class Measurements:
@@ -149,12 +152,13 @@ class Measurements:
 
     def step(self) -> Iterator[Row]:
         """Training steps on a batch at once."""
-        number, steps = self.sizes.batch, self.sizes.steps
         for shape in self.sizes.shapes:
-            embedder = self.load(shape, torch.float32)
-            config = TrainConfig(precision="bfloat16", epochs=1)
-            case, loss = f"step of {number:,} pairs, {shape}, Matryoshka", matryoshka(embedder)
-            yield self.trained(case, embedder, loss, config, (number, steps), TRAIN_PASSES)
+            yield self._step(self.load(shape, torch.float32), f"{shape}, Matryoshka")
+
+    def _step(self, embedder: Embedder, case: str) -> Row:
+        sizes, config = (self.sizes.batch, self.sizes.steps), TrainConfig(precision="bfloat16", epochs=1)
+        case, loss = f"step of {sizes[0]:,} pairs, {case}", matryoshka(embedder)
+        return self.trained(case, embedder, loss, config, sizes, TRAIN_PASSES)
 
     def peers(self) -> Iterator[Row]:
         """benchmarks.bench_encode and bench_train on random pairs, against sentence-transformers in bfloat16."""
@@ -214,6 +218,15 @@ class Measurements:
         seconds, peak = self.timed(lambda: search_exact(queries_QD, documents_ND, 100, device=self.device))
         case = f"exact search, {queries:,} queries, {documents:,} x {dim}"
         yield Row(case, seconds, flops=2 * documents * queries * dim, peak_bytes=peak)
+
+    def compiled(self) -> Iterator[Row]:
+        """A step, and contexts from float32 weights, again with compiled layers."""
+        shape, kind = self.sizes.base, "contexts"
+        embedder = self.load(shape, torch.float32)
+        compile_layers(embedder, backend=self.sizes.backend)
+        yield self._step(embedder, f"{shape}, Matryoshka, compiled")
+        texts = self.texts(kind, max(8, round(self.sizes.encoded / draw_lengths(kind, 1_000).mean())), shape)
+        yield self._encode(embedder, texts, f"encode {kind}, {shape}, float32 weights, compiled")
 
     def timed(self, work: Callable[[], Any]) -> tuple[list[float], int]:
         """Seconds of each round after one more, and the peak memory."""
@@ -307,7 +320,7 @@ class Measurements:
         return Row(case, seconds, flops=flops, peak_bytes=peak, matrix_flops_per_second=self.rate, **facts)
 
 
-STEPS = ("matrices", "tests", "encode", "step", "peers", "recipe", "cached", "search")
+STEPS = ("matrices", "tests", "encode", "step", "peers", "recipe", "cached", "search", "compiled")
 
 
 def cuda_tests() -> list[str]:

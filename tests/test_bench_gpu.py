@@ -63,7 +63,8 @@ def test_everything_once(tmp_path, monkeypatch, capsys):
     cases += [f"step of 6 pairs, {shape}, Matryoshka" for shape in ("tiny", "tiny mpnet")]
     cases += ["encode mix, tiny", "train mix, tiny", "finance recipe, 2 epochs of 12 pairs"]
     cases += [f"cached step of {number} pairs, tiny" for number in (8, 12)]
-    cases += ["exact search, 20 queries, 500 x 16"]
+    cases += ["exact search, 20 queries, 500 x 16", "step of 6 pairs, tiny, Matryoshka, compiled"]
+    cases += ["encode contexts, tiny, float32 weights, compiled"]
     assert list(rows) == cases
     assert rows["tests"]["result"] == "3 passed"
     encoded = rows["encode longest, tiny, bfloat16 weights"]
