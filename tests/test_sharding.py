@@ -10,7 +10,7 @@ from test_distributed import CONFIG, assert_equal, make_sum, read_log, train_dra
 from tiny import make_dataset, make_embedder
 from torch import nn
 
-from embedft import FinetuneConfig, finetune, load_embedder
+from embedft import FinetuneConfig, finetune, load_embedder, new_scorer
 from embedft.training import sharding
 from embedft.training.memory import check_memory
 from embedft.training.sharding import Sharding, clip_gradients
@@ -128,6 +128,8 @@ def test_what_cannot_be_sharded(tmp_path, monkeypatch):
     for options in ({"lora": {"rank": 2}}, {"mine_every": 1, "num_negatives": 1}):
         with pytest.raises(ValueError, match=naming(next(iter(options)), "shard_weights")):
             FinetuneConfig(shard_weights=True, **options)
+    with pytest.raises(ValueError, match=naming("shard_weights", "Scorer")):
+        sharding.check_sharding(new_scorer(make_embedder(tmp_path / "base")), num_ranks=2)
     embedder.query_side = make_embedder(tmp_path / "base")
     with pytest.raises(ValueError, match=naming("shard_weights", "queries")):
         sharding.check_sharding(embedder, num_ranks=2)

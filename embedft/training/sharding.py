@@ -32,7 +32,8 @@ FILLER = pack([[0]])
 
 class Sharding:
     """`trained` shares everything with the embedder but the encoder. The embedder's own encoder has no weights, except
-    within `whole` and after `finish`. Raises `ValueError` for a `refresh`, which would encode with `trained`."""
+    within `whole` and after `finish`: nor after an error, when ranks cannot gather it any more. While it is made, a rank
+    holds the weights twice. Raises `ValueError` for a `refresh`, which would encode with `trained`."""
 
     def __init__(self, embedder: Embedder, refresh: Any = None):
         from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +85,9 @@ def check_sharding(embedder: Embedder, *, num_ranks: int) -> None:
     """Raises `ValueError` for an encoder that cannot be sharded, and for a single rank."""
     if num_ranks == 1:
         raise ValueError("shard_weights is true, but there is one rank: start several with torchrun")
-    if getattr(embedder, "query_side", None) is not None:
+    if not isinstance(embedder, Embedder):
+        raise ValueError(f"shard_weights is true, which a {type(embedder).__name__} cannot be trained with")
+    if embedder.query_side is not None:
         raise ValueError("shard_weights is true, but queries have an encoder of their own")
     if not isinstance(getattr(embedder.encoder, "layers", None), nn.ModuleList):
         raise ValueError(f"shard_weights is true, but {type(embedder.encoder).__name__} has no list of layers")

@@ -302,7 +302,8 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
             devices.seeded(config.seed, device),
             devices.reusing_memory(device),
         ):
-            distributed.broadcast_weights(*list(state.modules().values())[state.sharding is not None :])
+            is_sharded_already = state.sharding is not None  # and was sent to every rank before
+            distributed.broadcast_weights(*list(state.modules().values())[is_sharded_already:])
             kept = KeptWeights(state, config)  # before a checkpoint replaces the base's weights
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
             was_refreshed = epochs.refresh is not None and state.step > epochs.steps_per_epoch * epochs.every
