@@ -24,7 +24,7 @@ from . import suite
 from .suite import Row, load_data, make_parser, measure
 from .workers import Worker
 
-VARIANTS = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "10,000 spins": {"GOMP_SPINCOUNT": "10000"}}
+VARIANTS = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "1,000 spins": {"GOMP_SPINCOUNT": "1000"}}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
 MAX_LENGTH, BATCH_SIZE, NUM_QUERIES, STEPS = 256, 10, 400, 4
 

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = f"embedft {words[0]}" if words and words[0] in COMMANDS else "embedft"
     handler = signal.getsignal(signal.SIGINT)
     if "OMP_WAIT_POLICY" not in os.environ:  # before torch is imported: OpenMP's threads wait less long for each other
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         if handler is signal.default_int_handler:
             signal.signal(signal.SIGINT, lambda _, frame: _interrupt(frame, program))

@@ -171,7 +171,7 @@ def test_threads(script, base, questions, monkeypatch, dtype, capsys):
     assert names(capsys.readouterr().err, "--busy", 0, 1)
     assert len(rows) == 2 * 3 * 2  # idle and busy; step, encode, query; two other ways to wait
     assert rows[0]["case"] == "small, idle machine: step"
-    assert [row["peer"] for row in rows[:2]] == ["passive", "10,000 spins"]
+    assert [row["peer"] for row in rows[:2]] == ["passive", "1,000 spins"]
 
 
 def test_a_pdf_that_is_not_there(script, base, capsys):

@@ -549,7 +549,7 @@ def test_strict_refuses_judgements_of_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
 )
 def test_threads_spin_less_long_unless_the_user_says_how_they_wait(given, found):
     script = "import os, sys; from embedft.cli import main; main(['--help'])"
