@@ -32,8 +32,8 @@ FILLER = pack([[0]])
 
 class Sharding:
     """`trained` shares everything with the embedder but the encoder. The embedder's own encoder has no weights, except
-    within `whole` and after `finish`: nor after an error, when ranks cannot gather it any more. While it is made, a rank
-    holds the weights twice. Raises `ValueError` for a `refresh`, which would encode with `trained`."""
+    within `whole` and after `finish`; so none after an error, when ranks cannot gather them any more. While this is
+    made, a rank holds the weights twice. Raises `ValueError` for a `refresh`, which would encode with `trained`."""
 
     def __init__(self, embedder: Embedder, refresh: Any = None):
         from torch.distributed.device_mesh import init_device_mesh
