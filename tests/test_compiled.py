@@ -66,6 +66,17 @@ def test_a_copy_has_layers_of_its_own(tmp_path):
     assert not other(packed).any()
 
 
+def test_hooks_that_come_later_count(tmp_path):
+    """As LoRA's, in a model that was compiled, and encoded, before."""
+    embedder = make_embedder(tmp_path / "base", dropout=0.0)
+    compile_layers(embedder, backend="aot_eager")
+    before = embedder.encode(["hello world"])
+    hook = embedder.encoder.layers[1].feed_forward_out.register_forward_hook(lambda layer, inputs, y: y + 1.0 * y)
+    assert abs(embedder.encode(["hello world"]) - before).max() > 1e-2
+    hook.remove()
+    np.testing.assert_array_equal(embedder.encode(["hello world"]), before)
+
+
 def test_what_cannot_be_compiled(tmp_path, monkeypatch):
     embedder = make_embedder(tmp_path / "base")
     embedder.encoder.layers = None

@@ -4,8 +4,8 @@
 
 One graph serves all layers and all numbers of tokens; inference, training and each precision have their own, of which
 torch compiles `torch._dynamo.config.recompile_limit` (8) at most and says so when it goes on without. Attention stays
-as it is: its groups differ from batch to batch. Meant for GPUs: on a CPU, in bfloat16, it took longer
-(experiments/LOG.md).
+as it is: its groups differ from batch to batch. Layers with hooks, LoRA's say, are not compiled. Meant for GPUs: on a
+CPU, in bfloat16, it took longer (experiments/LOG.md).
 """
 
 import functools
@@ -49,6 +49,9 @@ def compile_layers(embedder: nn.Module, *, backend: str = "inductor") -> None:
 
 
 def _for_all_lengths(compiled: Callable, layer: nn.Module, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+    if any(part._forward_hooks or part._forward_pre_hooks for part in layer.modules()):
+        # torch.compile does not notice hooks that come or go, such as LoRA's.
+        return type(layer).after_attention(layer, x_TD, attended_TD)
     for x in (x_TD, attended_TD):
         torch._dynamo.maybe_mark_dynamic(x, 0)
     return compiled(layer, x_TD, attended_TD)
